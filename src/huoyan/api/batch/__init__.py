@@ -1,0 +1,1 @@
+"""`huoyan batch`: many requests from a file to a file, going on where it was stopped."""

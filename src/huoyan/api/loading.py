@@ -1,0 +1,147 @@
+"""Open a model: name to folder, folder to weights, weights to a backend, and the stages before it."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huoyan.api.runtime import Runtime
+from huoyan.errors import CapacityError, InputError, ModelError, UnsupportedError
+
+if TYPE_CHECKING:
+    from huoyan.api.frontend import CheckpointFrontend
+    from huoyan.api.options import EngineOptions
+    from huoyan.backends.base import Backend
+
+Progress = Callable[[int, int], None]
+
+
+def load_runtime(options: EngineOptions) -> Runtime:
+    """Find (or download) the model, load it and make it ready to answer.
+
+    Raises:
+        ModelError, CapacityError, InputError, UnsupportedError: one line that says what to do.
+    """
+    from huoyan.api.frontend import open_frontend
+
+    folder = _resolve(options, options.model)
+    if not (folder / "config.json").exists():
+        raise ModelError(
+            f"the folder {folder} holds no checkpoint (no config.json): give a checkpoint folder, a hub name "
+            "such as openbmb/MiniCPM-V-2_6, or tiny"
+        )
+    tokenizer_folder = folder if options.tokenizer is None else _resolve(options, options.tokenizer)
+    frontend = open_frontend(folder, tokenizer_folder, options)
+    backend = _open_backend(folder, frontend, options)
+    return Runtime(backend=backend, frontend=frontend, folder=folder, options=options)
+
+
+def _resolve(options: EngineOptions, name: str) -> Path:
+    from huoyan.models.hub import resolve_model
+
+    return resolve_model(name, hub=options.hub, revision=options.revision, cache_dir=options.download_dir)
+
+
+def _open_backend(folder: Path, frontend: CheckpointFrontend, options: EngineOptions) -> Backend:
+    if options.engine == "vllm" or (options.engine == "auto" and options.tensor_parallel_size > 1):
+        raise UnsupportedError("engine='vllm' is not part of this version: use engine='native'")
+    return _open_native(folder, frontend, options)
+
+
+def _open_native(folder: Path, frontend: CheckpointFrontend, options: EngineOptions) -> Backend:
+    import torch
+
+    from huoyan.engine.config import EngineConfig
+    from huoyan.engine.engine import Engine
+    from huoyan.models.checkpoint import open_checkpoint
+    from huoyan.models.weights import load_model
+
+    device = pick_device(options.device)
+    dummy = options.load_format == "dummy"
+    checkpoint = open_checkpoint(folder, need_weights=not dummy)
+    sizes: dict[str, Any] = {
+        "max_model_len": options.max_model_len,
+        "gpu_memory_utilization": options.gpu_memory_utilization,
+        "max_num_seqs": options.max_num_seqs,
+        "max_num_batched_tokens": options.max_num_batched_tokens,
+        "enable_prefix_caching": options.enable_prefix_caching,
+        "enforce_eager": options.enforce_eager,
+        "seed": options.seed,
+    }
+    config = EngineConfig(**{name: value for name, value in sizes.items() if value is not None})
+    tokenizer = frontend.tokenizer
+    try:
+        with _loading_bar(checkpoint.nbytes, options.model) as progress:
+            model = load_model(
+                checkpoint,
+                device=device,
+                dtype=options.dtype,
+                load_format="dummy" if dummy else "auto",
+                seed=options.seed,
+                progress=progress,
+            )
+        return Engine(
+            model,
+            config,
+            eos_token_id=tokenizer.eos_token_id,
+            stop_token_ids=frontend.stop_token_ids,
+            tokenizer=tokenizer,
+        )
+    except torch.OutOfMemoryError as error:
+        raise CapacityError(
+            f"{options.model} ({checkpoint.nbytes / 2**30:.1f} GiB of weights) does not fit into the memory "
+            f"of {device}: free some, or use the int4 checkpoint"
+        ) from error
+
+
+def pick_device(requested: str) -> str:
+    """The torch device for `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+
+    Raises:
+        InputError: no such device here.
+    """
+    import torch
+
+    mps = getattr(torch.backends, "mps", None)
+    if requested == "auto":
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if mps is not None and mps.is_available() else "cpu"
+    kind, _, index = requested.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or (index and not index.isdigit()):
+        raise InputError(f"device {requested!r} is unknown: use auto, cpu, cuda, cuda:1 or mps")
+    if kind == "cuda":
+        if not torch.cuda.is_available():
+            why = "this torch has no CUDA" if torch.version.cuda is None else "torch sees no CUDA device"
+            raise InputError(f"device {requested!r}: {why}; use --device cpu, or see `huoyan env`")
+        if index and int(index) >= torch.cuda.device_count():
+            raise InputError(
+                f"device {requested!r}: there are {torch.cuda.device_count()} CUDA devices, from cuda:0"
+            )
+    if kind == "mps" and not (mps is not None and mps.is_available()):
+        raise InputError("device 'mps': this machine has none; use --device cpu")
+    return requested
+
+
+@contextlib.contextmanager
+def _loading_bar(total: int, name: str) -> Iterator[Progress | None]:
+    """A bar on a terminal, for checkpoints that take a while."""
+    if total < 200_000_000 or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    with Progress(
+        TextColumn("Loading {task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    ) as bar:
+        task = bar.add_task(name, total=total)
+        yield lambda done, of: bar.update(task, completed=done, total=of)

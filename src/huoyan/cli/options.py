@@ -1,0 +1,44 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+DEFAULT_MODEL = "openbmb/MiniCPM-V-2_6"
+_PANEL = "The model"
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model", "-m",
+        metavar="NAME",
+        help=f"A folder, a hub name (downloaded once), or tiny; default $HUOYAN_MODEL, else {DEFAULT_MODEL}.",
+        rich_help_panel=_PANEL,
+        show_default=False,
+    ),
+]  # fmt: skip
+HubOption = Annotated[
+    str,
+    typer.Option(
+        "--hub", help="Where hub names come from: huggingface or modelscope.", rich_help_panel=_PANEL
+    ),
+]
+RevisionOption = Annotated[
+    str | None,
+    typer.Option("--revision", help="A branch, tag or commit of the hub's model.", rich_help_panel=_PANEL),
+]
+DeviceOption = Annotated[
+    str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 or mps.", rich_help_panel=_PANEL)
+]
+DtypeOption = Annotated[
+    str, typer.Option("--dtype", help="auto, float32, float16 or bfloat16.", rich_help_panel=_PANEL)
+]
+MaxModelLenOption = Annotated[
+    int | None,
+    typer.Option(
+        "--max-model-len", min=1, rich_help_panel=_PANEL,
+        help="Tokens of question and answer together at most; lower takes less memory.",
+    ),
+]  # fmt: skip

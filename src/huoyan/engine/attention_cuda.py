@@ -1,0 +1,121 @@
+"""Attention over the blocks of the KV cache on CUDA: our kernel for decodes, torch's packed flash attention for
+prefill chunks. Rotation and the write to the cache are one kernel before both."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from huoyan.kernels.paged_decode import paged_decode
+from huoyan.kernels.rope_cache import rope_cache
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from huoyan.engine.batch import Batch
+    from huoyan.engine.kv_cache import KVCache
+
+
+class StepTensors:
+    """The int32 arrays of one step, sent to the device in one copy."""
+
+    def __init__(self, batch: Batch, device: torch.device) -> None:
+        parts: list[NDArray[np.int64]] = [
+            batch.positions,
+            batch.slot_mapping,
+            batch.seq_lens,
+            batch.block_tables.reshape(-1),
+        ]
+        host = torch.from_numpy(np.concatenate(parts).astype(np.int32))
+        together = (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
+        pieces = together.split([len(part) for part in parts])
+        self.positions, self.slot_mapping, self.seq_lens = pieces[:3]
+        self.block_tables = pieces[3].view(batch.block_tables.shape)
+
+
+class CudaAttention:
+    """See `huoyan.models.qwen2.FusedAttend`: attention of one step's batch, decodes first."""
+
+    def __init__(
+        self, cache: KVCache, batch: Batch, tensors: StepTensors, rotary_table: Tensor, heads: int
+    ) -> None:
+        """`rotary_table`: float32 [positions, 2, head_dim / 2]."""
+        self._cache = cache
+        self._tensors = tensors
+        self._table = rotary_table
+        self._heads = heads
+        self._decodes = batch.num_decodes
+        self._prefill = _PrefillPlan(cache, batch, tensors) if batch.num_decodes < len(batch.chunks) else None
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        raise NotImplementedError("on CUDA rotation and attention are one: rotate_and_attend")
+
+    def rotate_and_attend(self, layer: int, qkv: Tensor) -> Tensor:
+        """qkv [T, (heads + 2 kv_heads) * head_dim], changed in place -> [T, heads * head_dim]."""
+        keys, values = self._cache.layer(layer)
+        rope_cache(qkv, self._tensors.positions, self._table, self._tensors.slot_mapping, keys, values)
+        rows = qkv.unflatten(1, (-1, keys.shape[3]))
+        decodes = self._decodes
+        parts = []
+        if decodes:
+            parts.append(
+                paged_decode(
+                    rows[:decodes, : self._heads],
+                    keys,
+                    values,
+                    self._tensors.block_tables[:decodes],
+                    self._tensors.seq_lens[:decodes],
+                ).flatten(1)
+            )
+        if self._prefill is not None:
+            parts.append(self._prefill.attend(rows[decodes:], self._heads, keys, values).flatten(1))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class _PrefillPlan:
+    """All prefill chunks of a step as one packed call; chunks with a past read it from the cache."""
+
+    def __init__(self, cache: KVCache, batch: Batch, tensors: StepTensors) -> None:
+        first = batch.num_decodes
+        starts = batch.cu_seqlens_q[first:] - batch.cu_seqlens_q[first]
+        q_lengths = np.diff(starts)
+        k_lengths = batch.seq_lens[first:]
+        self.max_q, self.max_k = int(q_lengths.max()), int(k_lengths.max())
+        device = cache.keys.device
+        cu = torch.tensor([starts.tolist(), [0, *accumulate(k_lengths.tolist())]], dtype=torch.int32)
+        self.cu_q, self.cu_k = cu.to(device, non_blocking=True).unbind(0)
+        self.slots: Tensor | None = None
+        if (k_lengths != q_lengths).any():
+            size = cache.block_size
+            slots = [
+                (table[:, None] * size + np.arange(size)).reshape(-1)[:length]
+                for table, length in zip(batch.block_tables[first:], k_lengths.tolist(), strict=True)
+            ]
+            self.slots = torch.from_numpy(np.concatenate(slots)).to(device, non_blocking=True)
+
+    def attend(self, rows: Tensor, heads: int, keys: Tensor, values: Tensor) -> Tensor:
+        """rows [T, heads + 2 kv_heads, head_dim], rotated -> [T, heads, head_dim]."""
+        from torch.nn.attention.varlen import varlen_attn
+
+        kv_heads = keys.shape[2]
+        if self.slots is None:
+            k, v = rows[:, heads : heads + kv_heads], rows[:, heads + kv_heads :]
+        else:
+            k, v = (cache.flatten(0, 1).index_select(0, self.slots) for cache in (keys, values))
+        group = heads // kv_heads
+        out = varlen_attn(
+            rows[:, :heads].contiguous(),
+            k.repeat_interleave(group, 1),
+            v.repeat_interleave(group, 1),
+            self.cu_q,
+            self.cu_k,
+            self.max_q,
+            self.max_k,
+            window_size=(-1, 0),
+        )
+        assert isinstance(out, Tensor)
+        return out

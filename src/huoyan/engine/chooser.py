@@ -1,0 +1,180 @@
+"""The step from logits to tokens: gathers what each sequence's choice depends on, and asks the sampler."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from huoyan.engine.answer import ChosenToken
+from huoyan.engine.noise import mix
+from huoyan.engine.sampler import (
+    BeamCandidates,
+    SamplingRow,
+    beam_candidates,
+    needs_counts,
+    sample,
+)
+from huoyan.engine.structured import GrammarCompiler, GrammarState
+from huoyan.engine.token_counts import TokenCounts
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from huoyan.api.sampling_params import SamplingParams
+    from huoyan.engine.sequence import Group, Sequence
+    from huoyan.prompt.tokenizer import Tokenizer
+
+
+class SequenceState:
+    """What is kept between the steps of one sequence, where its request needs it."""
+
+    def __init__(self, counts: TokenCounts | None, grammar: GrammarState | None) -> None:
+        self.counts = counts
+        self.grammar = grammar
+
+    def fork(self) -> SequenceState:
+        return SequenceState(
+            self.counts.fork() if self.counts else None, self.grammar.fork() if self.grammar else None
+        )
+
+
+Chosen = list[ChosenToken] | list[BeamCandidates] | Exception
+
+
+class Chooser:
+    """Chooses for one engine. Draws of requests without a seed depend on the engine's seed and their order."""
+
+    def __init__(
+        self,
+        seed: int,
+        vocab_size: int,
+        tokenizer: Tokenizer | None = None,
+        stop_token_ids: frozenset[int] = frozenset(),
+    ) -> None:
+        self._seed = seed
+        self._vocab_size = vocab_size
+        self._grammars = GrammarCompiler(tokenizer, vocab_size, stop_token_ids)
+        self._states: dict[Group, dict[Sequence, SequenceState]] = {}
+        self._compiled: dict[Group, GrammarState] = {}
+
+    def check(self, params: SamplingParams) -> None:
+        """Raise InputError where the parameters do not fit the vocabulary or their grammar is wrong."""
+        params.check_vocabulary(self._vocab_size)
+        if params.structured_outputs is not None:
+            self._grammars.compile(params.structured_outputs)
+
+    def choose(self, logits: Tensor, rows: Mapping[Group, list[int]]) -> dict[Group, Chosen]:
+        """One token for each of a group's sequences; for a beam search, the candidates of each live beam.
+
+        Args:
+            logits: float32 [R, vocab].
+            rows: for each group the rows of its sequences, in their order. The first step of several
+                samples has one row for all of them.
+        """
+        out: dict[Group, Chosen] = {}
+        prepared: dict[Group, list[SamplingRow]] = {}
+        for group, own in rows.items():
+            try:
+                prepared[group] = self._rows(group, len(own), logits.device)
+            except Exception as error:  # noqa: PERF203 - one request's fault is not the others'
+                out[group] = error
+        sampled = [g for g in prepared if not g.params.use_beam_search]
+        if sampled:
+            index = [
+                row
+                for g in sampled
+                for row, n in zip(rows[g], _repeats(g, rows[g]), strict=True)
+                for _ in range(n)
+            ]
+            flat = [row for g in sampled for row in prepared[g]]
+            found = iter(sample(_pick(logits, index), flat))
+            for group in sampled:
+                out[group] = [next(found) for _ in prepared[group]]
+        searches = [g for g in prepared if g.params.use_beam_search]
+        if searches:
+            index = [row for g in searches for row in rows[g]]
+            candidates = iter(
+                beam_candidates(_pick(logits, index), [r for g in searches for r in prepared[g]])
+            )
+            for group in searches:
+                out[group] = [next(candidates) for _ in prepared[group]]
+        return out
+
+    def forget(self, group: Group) -> None:
+        """The group has ended."""
+        self._states.pop(group, None)
+        self._compiled.pop(group, None)
+
+    def forked(self, parent: Sequence, child: Sequence) -> None:
+        """`child` goes its own way from here; call it before either takes another token."""
+        states = self._states.get(parent.group)
+        if states is not None and parent in states:
+            states[child] = states[parent].fork()
+
+    def _rows(self, group: Group, count: int, device: torch.device) -> list[SamplingRow]:
+        params = group.params
+        sequences = group.sequences[:count]
+        first_of_several = count < group.width and not group.in_lockstep and not params.use_beam_search
+        rows = []
+        for seq in sequences:
+            state = self._state(seq)
+            counts = grammar = None
+            if state is not None:
+                counts, grammar = state.counts, state.grammar
+                if counts is not None:
+                    counts.update(seq.output_ids)
+                if grammar is not None:
+                    grammar.update(seq.output_ids)
+            rows.append(
+                SamplingRow(
+                    params,
+                    len(seq.output_ids),
+                    stop_token_ids=seq.answer.rules.held_back if params.min_tokens else frozenset(),
+                    counts=counts,
+                    allowed=grammar.allowed(device) if grammar is not None else None,
+                    key=self._key(group, seq.index, len(seq.output_ids)) if params.temperature else 0,
+                )
+            )
+        if first_of_several:
+            shared = rows[0]
+            fields: dict[str, Any] = {k: v for k, v in vars(shared).items() if k != "key"}
+            rows = [SamplingRow(**fields, key=self._key(group, i, 0)) for i in range(group.width)]
+        return rows
+
+    def _key(self, group: Group, index: int, step: int) -> int:
+        seed = group.params.seed
+        own = mix(1, seed) if seed is not None else mix(0, self._seed, group.order)
+        return mix(own, index, step)
+
+    def _state(self, seq: Sequence) -> SequenceState | None:
+        group = seq.group
+        params = group.params
+        if not needs_counts(params) and params.structured_outputs is None:
+            return None
+        states = self._states.setdefault(group, {})
+        if seq not in states:
+            counts = None
+            if needs_counts(params):
+                counts = TokenCounts(group.prompt_ids)
+            grammar = None
+            if params.structured_outputs is not None:
+                if group not in self._compiled:
+                    self._compiled[group] = self._grammars.compile(params.structured_outputs)
+                grammar = self._compiled[group].fork()
+            states[seq] = SequenceState(counts, grammar)
+        return states[seq]
+
+
+def _pick(logits: Tensor, index: list[int]) -> Tensor:
+    """Rows `index` of the logits, which are the logits themselves where these are all rows."""
+    return logits if index == list(range(len(logits))) else logits[torch.tensor(index, device=logits.device)]
+
+
+def _repeats(group: Group, rows: list[int]) -> list[int]:
+    """How many choices each row gives: the first step of several samples has one row for all."""
+    if len(rows) < group.width and not group.in_lockstep:
+        return [group.width]
+    return [1] * len(rows)

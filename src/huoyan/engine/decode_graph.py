@@ -1,0 +1,133 @@
+"""Decode steps as CUDA graphs: from token ids to logits without a launch from the host for each kernel.
+
+One graph for each of a few batch sizes, captured when first needed; smaller batches run in the next larger graph,
+their spare rows writing nowhere. Graphs share one memory pool.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from huoyan.kernels.paged_decode import paged_decode
+from huoyan.kernels.rope_cache import rope_cache
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from huoyan.engine.batch import Batch
+    from huoyan.engine.kv_cache import KVCache
+    from huoyan.models.minicpmv import MiniCPMV
+
+
+def graph_sizes(most: int) -> list[int]:
+    """Batch sizes that get a graph of their own: close together where a row more costs most."""
+    sizes = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256]
+    kept = [size for size in sizes if size < most]
+    return [*kept, most] if most <= sizes[-1] else sizes
+
+
+class DecodeGraphs:
+    """`run(batch)` gives the logits of a step that is decodes only."""
+
+    def __init__(self, model: MiniCPMV, cache: KVCache, max_num_seqs: int, max_model_len: int) -> None:
+        self._model = model
+        self._cache = cache
+        self._sizes = graph_sizes(max_num_seqs)
+        self._max_blocks = -(-max_model_len // cache.block_size)
+        self._pool: tuple[int, int] | None = None
+        self._graphs: dict[int, _Graph] = {}
+
+    def fits(self, batch: Batch) -> bool:
+        """Whether the step is decodes only, and few enough."""
+        return batch.num_decodes == len(batch.chunks) <= self._sizes[-1]
+
+    def run(self, batch: Batch) -> Tensor:
+        """float32 [decodes, vocab], a row for each of the batch's tokens; valid until the next run."""
+        count = len(batch.chunks)
+        size = next(s for s in self._sizes if s >= count)
+        if size not in self._graphs:
+            graph = _Graph(self._model, self._cache, size, self._max_blocks)
+            graph.capture(self._pool)
+            self._pool = graph.pool
+            self._graphs[size] = graph
+        return self._graphs[size].replay(batch)[:count]
+
+
+class _Graph:
+    """One captured batch size with its inputs, which stay where they are."""
+
+    def __init__(self, model: MiniCPMV, cache: KVCache, size: int, max_blocks: int) -> None:
+        self._model = model
+        self._cache = cache
+        self._size = size
+        self._columns = 4 + max_blocks
+        # One row a sequence: token, position, slot, length, then its blocks. One copy fills them all.
+        host = torch.zeros(size, self._columns, dtype=torch.int32)
+        host[:, 2], host[:, 3] = -1, 1
+        self._host = host.pin_memory()
+        self._rows: NDArray[np.int32] = self._host.numpy()
+        self._inputs = self._host.to(cache.keys.device)
+        self._graph = torch.cuda.CUDAGraph()
+        self._logits: Tensor | None = None
+        self._copied = torch.cuda.Event()
+
+    @property
+    def pool(self) -> tuple[int, int]:
+        pool: tuple[int, int] = self._graph.pool()
+        return pool
+
+    def capture(self, pool: tuple[int, int] | None) -> None:
+        """Run once to compile what is compiled on first use, then capture."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._forward()
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(self._graph, pool=pool):  # type: ignore[arg-type]  # the stub names a private type
+            self._logits = self._forward()
+
+    def replay(self, batch: Batch) -> Tensor:
+        count = len(batch.chunks)
+        # The last copy must have read the host's rows before they change.
+        self._copied.synchronize()
+        rows = self._rows
+        rows[:count, 0], rows[:count, 1] = batch.token_ids, batch.positions
+        rows[:count, 2], rows[:count, 3] = batch.slot_mapping, batch.seq_lens
+        blocks = batch.block_tables.shape[1]
+        rows[:count, 4 : 4 + blocks] = batch.block_tables
+        rows[count:, 2], rows[count:, 3] = -1, 1
+        self._inputs.copy_(self._host, non_blocking=True)
+        self._copied.record()
+        self._graph.replay()
+        assert self._logits is not None
+        return self._logits
+
+    def _forward(self) -> Tensor:
+        tokens, positions = self._inputs[:, 0].long(), self._inputs[:, 1].long()
+        attend = _GraphAttention(self._model, self._cache, self._inputs)
+        x = self._model.embed(tokens)
+        return self._model.logits(self._model.decoder(x, positions, attend))
+
+
+class _GraphAttention:
+    """See `huoyan.models.qwen2.FusedAttend`: every row is a decode."""
+
+    def __init__(self, model: MiniCPMV, cache: KVCache, inputs: Tensor) -> None:
+        self._cache = cache
+        self._heads = model.config.text.num_attention_heads
+        self._table = model.llm.model.rotary.table(inputs.device)
+        self._positions, self._slots, self._lengths = (inputs[:, i].contiguous() for i in (1, 2, 3))
+        self._blocks = inputs[:, 4:]
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        raise NotImplementedError("on CUDA rotation and attention are one: rotate_and_attend")
+
+    def rotate_and_attend(self, layer: int, qkv: Tensor) -> Tensor:
+        keys, values = self._cache.layer(layer)
+        rope_cache(qkv, self._positions, self._table, self._slots, keys, values)
+        rows = qkv.unflatten(1, (-1, keys.shape[3]))
+        return paged_decode(rows[:, : self._heads], keys, values, self._blocks, self._lengths).flatten(1)

@@ -1,0 +1,322 @@
+"""The native backend: requests in, one step at a time, outputs out."""
+
+from __future__ import annotations
+
+import logging
+from time import monotonic
+from typing import TYPE_CHECKING, cast
+
+import torch
+
+from huoyan.engine.answer import Answer, AnswerText, ChosenToken, StopRules
+from huoyan.engine.beam import BeamSearch
+from huoyan.engine.block_pool import BlockPool
+from huoyan.engine.chooser import Chooser
+from huoyan.engine.config import CacheSize, EngineConfig, size_cache
+from huoyan.engine.kv_cache import KVCache
+from huoyan.engine.output import request_output, shown_answers
+from huoyan.engine.picture_cache import PictureCache
+from huoyan.engine.prompt_logprobs import prompt_logprobs
+from huoyan.engine.runner import ForwardOutput, Runner, has_fused_attention
+from huoyan.engine.scheduler import Scheduler
+from huoyan.engine.stats import EngineStats
+from huoyan.errors import HuoyanError, InputError
+from huoyan.layers.linear import lay_out_for_cpu
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from huoyan.api.outputs import RequestOutput
+    from huoyan.engine.request import EngineRequest
+    from huoyan.engine.sampler import BeamCandidates
+    from huoyan.engine.schedule import Schedule
+    from huoyan.engine.sequence import Group
+    from huoyan.engine.sequence import Sequence as EngineSequence
+    from huoyan.models.minicpmv import MiniCPMV
+    from huoyan.prompt.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+
+class Engine:
+    """Implements `huoyan.backends.base.Backend` on one device. One thread calls it."""
+
+    def __init__(
+        self,
+        model: MiniCPMV,
+        config: EngineConfig | None = None,
+        *,
+        eos_token_id: int | None = None,
+        stop_token_ids: Sequence[int] = (),
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        """`model` lies on its device already; the KV cache takes what `config` leaves it there.
+
+        `eos_token_id` and `stop_token_ids` are the checkpoint's. Without a tokenizer
+        answers have token ids only.
+
+        Raises:
+            CapacityError: the memory does not hold the context.
+        """
+        self.config = config or EngineConfig()
+        self.size: CacheSize = size_cache(self.config, model.config, model.dtype, model.device)
+        text = model.config.text
+        lay_out_for_cpu(model)
+        self.model = model
+        self.vocab_size = text.vocab_size
+        self._eos_token_id = eos_token_id
+        self._stop_token_ids = tuple(stop_token_ids)
+        self._tokenizer = tokenizer
+        self.pool = BlockPool(self.size.num_blocks, self.config.block_size, self.config.enable_prefix_caching)
+        self.pictures = PictureCache(
+            self.config.picture_cache_bytes, model.config.query_num * text.hidden_size * model.dtype.itemsize
+        )
+        self.scheduler = Scheduler(
+            self.pool,
+            self.pictures,
+            max_model_len=self.size.max_model_len,
+            max_num_seqs=self.config.max_num_seqs,
+            max_num_batched_tokens=self.config.max_num_batched_tokens,
+            max_encoder_slices=self.config.max_encoder_slices,
+        )
+        cache = KVCache(
+            text.num_hidden_layers,
+            self.size.num_blocks,
+            self.config.block_size,
+            text.num_key_value_heads,
+            text.head_dim,
+            model.dtype,
+            model.device,
+        )
+        graphs = None
+        if has_fused_attention(model) and not self.config.enforce_eager:
+            from huoyan.engine.decode_graph import DecodeGraphs
+
+            graphs = DecodeGraphs(model, cache, self.config.max_num_seqs, self.size.max_model_len)
+        self.runner = Runner(model, cache, self.pictures, self.config.max_encoder_slices, graphs=graphs)
+        stops = frozenset(self._stop_token_ids) | (
+            {eos_token_id} if eos_token_id is not None else frozenset()
+        )
+        self._chooser = Chooser(self.config.seed, text.vocab_size, tokenizer, stops)
+        self._groups: dict[str, Group] = {}
+        self._steps = self._prompt_tokens = self._generated_tokens = self._preemptions = 0
+        self._ended: list[RequestOutput] = []
+        """Outputs of requests that ended outside of a step."""
+
+    # -- Backend --------------------------------------------------------------------------------------------
+
+    def add_request(self, request: EngineRequest) -> None:
+        """Queue a request. Raises InputError where it can never run."""
+        if request.request_id in self._groups:
+            raise InputError(f"a request {request.request_id!r} is running already: give it another id")
+        params = request.params
+        self._check_prompt(request)
+        rules = StopRules.of(params, self._eos_token_id, self._stop_token_ids)
+        width = params.num_sequences
+        self._chooser.check(params)
+        group = self.scheduler.add(request, width, params.max_tokens)
+        words = AnswerText.of(params, self._tokenizer) if self._tokenizer and params.detokenize else None
+        answer = Answer(rules, words, group.max_length - group.prompt_len)
+        group.sequences[0].answer = answer
+        group.answers.append(answer)
+        if params.use_beam_search:
+            longest = max(group.prompt_len + (params.max_tokens or 0), self.size.max_model_len)
+            group.beams = BeamSearch(params, group.prompt_len, longest, self._eos_token_id)
+        if params.prompt_logprobs is not None:
+            group.prompt_logprobs = [None] * group.prompt_len
+        self._groups[request.request_id] = group
+
+    def abort_request(self, request_id: str) -> None:
+        """End a request early; the next step returns it with finish_reason "abort"."""
+        group = self._groups.get(request_id)
+        if group is not None:
+            for answer in group.live_answers:
+                answer.finish("abort")
+            shown = shown_answers(group)
+            self._end(group)
+            self._ended.append(request_output(group, shown))
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self._groups or self._ended)
+
+    def step(self) -> list[RequestOutput]:
+        """Schedule, encode pictures, forward, choose tokens. One request's fault ends that request only."""
+        outputs, self._ended = self._ended, []
+        schedule = self.scheduler.schedule()
+        self._preemptions += len(schedule.preempted)
+        if schedule.pictures:
+            schedule = self._encode(schedule, outputs)
+        if not schedule.num_tokens:
+            return outputs
+        try:
+            forward = self.runner.forward(schedule)
+        except Exception as error:
+            self._fail_all({chunk.sequence.group for chunk in schedule.chunks}, error, outputs)
+            return outputs
+        self.scheduler.launched(schedule)
+        self._steps += 1
+        self._prompt_tokens += schedule.num_tokens - len(schedule.decodes)
+        self._read_prompts(forward, outputs)
+        self._choose(forward, outputs)
+        return outputs
+
+    def close(self) -> None:
+        """Free the device's memory. The engine cannot be used afterwards."""
+        for request_id in list(self._groups):
+            self.abort_request(request_id)
+        self._ended.clear()
+        self.pictures.clear()
+        del self.runner, self.model
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def stats(self) -> EngineStats:
+        """What is going on now, and what has been done."""
+        return EngineStats(
+            num_running=len(self.scheduler.running),
+            num_waiting=len(self._groups) - len(self.scheduler.running),
+            blocks_used=self.pool.num_blocks - self.pool.num_free,
+            blocks_total=self.pool.num_blocks,
+            blocks_cached=self.pool.num_cached,
+            picture_bytes=self.pictures.used_bytes,
+            picture_hits=self.pictures.hits,
+            picture_misses=self.pictures.misses,
+            steps=self._steps,
+            prompt_tokens=self._prompt_tokens,
+            generated_tokens=self._generated_tokens,
+            preemptions=self._preemptions,
+        )
+
+    # -- the parts of a step --------------------------------------------------------------------------------
+
+    def _encode(self, schedule: Schedule, outputs: list[RequestOutput]) -> Schedule:
+        failed = self.runner.encode(schedule.pictures)
+        if not failed:
+            return schedule
+        hit = {}
+        for chunk in schedule.chunks:
+            for use in chunk.sequence.group.pictures:
+                if use.key in failed and use.key in chunk.sequence.group.pinned:
+                    hit[chunk.sequence.group] = failed[use.key]
+        for group, error in hit.items():
+            self._fail_all({group}, error, outputs)
+        return schedule.without(set(hit))
+
+    def _read_prompts(self, forward: ForwardOutput, outputs: list[RequestOutput]) -> None:
+        for chunk, hidden in forward.prompt_hidden:
+            group = chunk.sequence.group
+            entries = group.prompt_logprobs
+            assert entries is not None
+            end = min(chunk.end, group.prompt_len - 1)
+            if end <= chunk.start:
+                continue
+            ids = torch.from_numpy(group.prompt_ids[chunk.start + 1 : end + 1].copy()).to(hidden.device)
+            found = prompt_logprobs(
+                hidden[: end - chunk.start],
+                ids,
+                self.model.logits,
+                self.vocab_size,
+                group.params.prompt_logprobs or 0,
+            )
+            entries[chunk.start + 1 : end + 1] = found
+
+    def _choose(self, forward: ForwardOutput, outputs: list[RequestOutput]) -> None:
+        now = monotonic()
+        rows: dict[Group, list[int]] = {}
+        for row, chunk in enumerate(forward.chunks):
+            rows.setdefault(chunk.sequence.group, []).append(row)
+        chosen = self._chooser.choose(forward.logits, rows)
+        for group, tokens in chosen.items():
+            if isinstance(tokens, Exception):
+                self._fail_all({group}, tokens, outputs)
+                continue
+            if group.metrics.first_token_time is None:
+                group.metrics.first_token_time = now
+            try:
+                if group.beams is not None:
+                    self._extend_beams(group, group.beams, cast("list[BeamCandidates]", tokens))
+                else:
+                    self._extend(group, cast("list[ChosenToken]", tokens))
+            except Exception as error:
+                self._fail_all({group}, error, outputs)
+                continue
+            outputs.append(request_output(group, shown_answers(group)))
+
+    def _extend(self, group: Group, tokens: list[ChosenToken]) -> None:
+        """Append one token to each of the group's sequences; the first step of several samples forks them."""
+        first = group.sequences[0]
+        while len(group.sequences) < len(tokens):
+            group.answers.append(self._fork(first, len(group.sequences)).answer)
+        for seq, token in zip(group.sequences.copy(), tokens, strict=True):
+            self.scheduler.sampled(seq, token.token_id)
+            self._generated_tokens += 1
+            if seq.answer.append(token):
+                self.scheduler.finish_sequence(seq)
+        if not group.sequences:
+            self._end(group)
+
+    def _extend_beams(self, group: Group, search: BeamSearch, candidates: list[BeamCandidates]) -> None:
+        """Let the best beams live on: the first child of a beam takes its place, the others fork off it."""
+        parents = group.sequences.copy()
+        survivors = search.advance(group.live_answers, candidates)
+        children: list[EngineSequence] = []
+        placed: set[int] = set()
+        for survivor in survivors:
+            parent = parents[survivor.parent]
+            children.append(self._fork(parent, len(group.sequences)) if survivor.parent in placed else parent)
+            placed.add(survivor.parent)
+        for i, parent in enumerate(parents):
+            if i not in placed:
+                self.scheduler.finish_sequence(parent)
+        for child, survivor in zip(children, survivors, strict=True):
+            self.scheduler.sampled(child, survivor.token_id)
+            self._generated_tokens += 1
+            child.answer = survivor.answer
+        group.sequences[:] = children
+        if not children:
+            self._end(group)
+
+    def _fork(self, parent: EngineSequence, index: int) -> EngineSequence:
+        child = self.scheduler.fork(parent, index)
+        child.answer = parent.answer.fork()
+        self._chooser.forked(parent, child)
+        return child
+
+    # -- ends -----------------------------------------------------------------------------------------------
+
+    def _end(self, group: Group) -> None:
+        self.scheduler.finish(group)
+        self._chooser.forget(group)
+        del self._groups[group.request_id]
+
+    def _fail_all(self, groups: set[Group], error: Exception, outputs: list[RequestOutput]) -> None:
+        if isinstance(error, HuoyanError):
+            message = str(error)
+        else:
+            log.error("a step failed", exc_info=error)
+            reason = " ".join(str(error).split())
+            message = f"internal error, please report it: {type(error).__name__}: {reason}"
+        for group in sorted(groups, key=lambda g: g.order):
+            self._end(group)
+            outputs.append(request_output(group, [], message))
+
+    # -- requests -------------------------------------------------------------------------------------------
+
+    def _check_prompt(self, request: EngineRequest) -> None:
+        prompt = request.prompt
+        if prompt.token_ids and not 0 <= min(prompt.token_ids) <= max(prompt.token_ids) < self.vocab_size:
+            bad = next(i for i in prompt.token_ids if not 0 <= i < self.vocab_size)
+            raise InputError(f"token id {bad} in the prompt is outside the vocabulary of {self.vocab_size}")
+        if len(prompt.slots) != len(request.pictures):
+            raise InputError(
+                f"the prompt has places for {len(prompt.slots)} pictures, but {len(request.pictures)} came"
+            )
+        query_num = self.model.config.query_num
+        for picture, slot in zip(request.pictures, prompt.slots, strict=True):
+            if not 0 < len(picture.slices) == len(slot.offsets) or slot.length != query_num:
+                raise InputError(
+                    f"a picture of {len(picture.slices)} slices of {query_num} embeddings does not fit its "
+                    f"place in the prompt ({len(slot.offsets)} runs of {slot.length} tokens)"
+                )
+            if any(not 0 <= o <= len(prompt.token_ids) - slot.length for o in slot.offsets):
+                raise InputError("a picture's place lies outside of the prompt")

@@ -1,0 +1,175 @@
+"""From a schedule to logits: the only place where the engine touches the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from huoyan.engine.attention import PagedAttention, Workspace
+from huoyan.engine.batch import Batch, build_batch
+from huoyan.kernels import decode_kernels_enabled
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from huoyan.engine.decode_graph import DecodeGraphs
+    from huoyan.engine.kv_cache import KVCache
+    from huoyan.engine.picture_cache import PictureCache
+    from huoyan.engine.schedule import Chunk, Schedule
+    from huoyan.media.types import PreparedPicture
+    from huoyan.models.minicpmv import MiniCPMV
+    from huoyan.models.qwen2 import Attend
+
+
+@dataclass
+class ForwardOutput:
+    """What one forward gave."""
+
+    chunks: list[Chunk]
+    """Those that sample, in the schedule's order."""
+    logits: Tensor
+    """float32 [len(chunks), vocab], after each chunk's last token."""
+    prompt_hidden: list[tuple[Chunk, Tensor]] = field(default_factory=list)
+    """Hidden states [chunk's tokens, hidden] of requests that want the prompt's log-probabilities."""
+
+
+def has_fused_attention(model: MiniCPMV) -> bool:
+    """Whether our kernels and torch's packed flash attention serve this model where it lies."""
+    sixteen_bits = model.dtype in (torch.float16, torch.bfloat16)
+    fits = model.device.type == "cuda" and sixteen_bits and model.config.text.head_dim % 8 == 0
+    return fits and decode_kernels_enabled()
+
+
+class Runner:
+    """Runs steps one after the other on the model's device."""
+
+    def __init__(
+        self,
+        model: MiniCPMV,
+        cache: KVCache,
+        pictures: PictureCache,
+        max_encoder_slices: int,
+        *,
+        graphs: DecodeGraphs | None = None,
+    ) -> None:
+        """`graphs`: decode steps captured as CUDA graphs; without them every step is launched kernel by kernel."""
+        self.model = model
+        self.cache = cache
+        self.pictures = pictures
+        self.max_encoder_slices = max_encoder_slices
+        self.device = cache.keys.device
+        self._fused = has_fused_attention(model)
+        self._graphs = graphs
+        self._workspace = Workspace()
+        self.copied_blocks = 0
+        """Copies on write so far."""
+
+    @torch.inference_mode()
+    def encode(self, pictures: Sequence[PreparedPicture]) -> dict[bytes, Exception]:
+        """Encode pictures into the cache, several at once. Returns those that failed, by key."""
+        failed: dict[bytes, Exception] = {}
+        for together in self._split(pictures):
+            try:
+                self._encode(together)
+            except Exception as error:  # noqa: PERF203
+                if len(together) == 1:
+                    failed[together[0].key] = error
+                    continue
+                # One bad picture must not take the others with it.
+                for picture in together:
+                    try:
+                        self._encode([picture])
+                    except Exception as own_error:  # noqa: PERF203
+                        failed[picture.key] = own_error
+        for key in failed:
+            self.pictures.drop(key)
+        return failed
+
+    @torch.inference_mode()
+    def forward(self, schedule: Schedule) -> ForwardOutput:
+        """Compute a schedule whose pictures are encoded: copies, keys and values, logits."""
+        self.cache.copy_blocks(schedule.copies)
+        self.copied_blocks += len(schedule.copies)
+        batch = build_batch(schedule, self.cache.block_size)
+        wanted = [i for i in batch.order if batch.chunks[i].samples]
+        chunks = [batch.chunks[i] for i in wanted]
+        if self._graphs is not None and self._graphs.fits(batch):
+            logits = self._graphs.run(batch)
+            in_order = wanted == list(range(len(wanted)))
+            return ForwardOutput(
+                chunks, logits if in_order else logits[self._to_device(np.array(wanted, np.int64))]
+            )
+        x = self.model.embed(self._to_device(batch.token_ids))
+        if schedule.prefills:
+            self._place_pictures(batch, x)
+        hidden = self.model.decoder(x, self._to_device(batch.positions), self._attention(batch, x.dtype))
+        rows = self._to_device(batch.last_rows[np.array(wanted, np.int64)])
+        out = ForwardOutput(chunks, self.model.logits(hidden.index_select(0, rows)))
+        for i in range(batch.num_decodes, len(batch.chunks)):
+            group = batch.chunks[i].sequence.group
+            if group.params.prompt_logprobs is not None and batch.chunks[i].start < group.prompt_len:
+                first, last = batch.cu_seqlens_q[i : i + 2].tolist()
+                out.prompt_hidden.append((batch.chunks[i], hidden[first:last]))
+        return out
+
+    def _attention(self, batch: Batch, dtype: torch.dtype) -> Attend:
+        if not self._fused:
+            return PagedAttention(self.cache, batch, dtype, self._workspace)
+        from huoyan.engine.attention_cuda import CudaAttention, StepTensors
+
+        text = self.model.config.text
+        table = self.model.llm.model.rotary.table(self.device)
+        return CudaAttention(
+            self.cache, batch, StepTensors(batch, self.device), table, text.num_attention_heads
+        )
+
+    def _split(self, pictures: Sequence[PreparedPicture]) -> list[list[PreparedPicture]]:
+        parts: list[list[PreparedPicture]] = []
+        room = 0
+        for picture in pictures:
+            if len(picture.slices) > room:
+                parts.append([])
+                room = self.max_encoder_slices
+            parts[-1].append(picture)
+            room -= len(picture.slices)
+        return parts
+
+    def _encode(self, pictures: list[PreparedPicture]) -> None:
+        slices = [piece for picture in pictures for piece in picture.slices]
+        # A picture of more slices than the limit goes in parts of its own.
+        step = self.max_encoder_slices
+        parts = [self.model.encode_slices(slices[i : i + step]) for i in range(0, len(slices), step)]
+        embeddings = parts[0] if len(parts) == 1 else torch.cat(parts)
+        first = 0
+        for picture in pictures:
+            last = first + len(picture.slices)
+            # A copy, so that dropping one picture frees its memory.
+            own = embeddings if len(pictures) == 1 else embeddings[first:last].clone()
+            self.pictures.put(picture.key, own)
+            first = last
+
+    def _place_pictures(self, batch: Batch, x: Tensor) -> None:
+        """Overwrite the placeholder rows of `x: [T, hidden]` with the rows of the slices they stand for."""
+        for i in range(batch.num_decodes, len(batch.chunks)):
+            chunk = batch.chunks[i]
+            shift = int(batch.cu_seqlens_q[i]) - chunk.start
+            for use in chunk.sequence.group.pictures:
+                targets, sources = [], []
+                for run in use.runs:
+                    first, last = max(run.start, chunk.start), min(run.end, chunk.end)
+                    if first < last:
+                        targets.append(np.arange(first + shift, last + shift))
+                        offset = run.slice_index * (run.end - run.start) - run.start
+                        sources.append(np.arange(first + offset, last + offset))
+                if targets:
+                    embeddings = self.pictures.get(use.key).flatten(0, 1)
+                    rows = embeddings.index_select(0, self._to_device(np.concatenate(sources)))
+                    x.index_copy_(0, self._to_device(np.concatenate(targets)), rows.to(x.dtype))
+
+    def _to_device(self, array: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> Tensor:
+        return torch.from_numpy(array).to(self.device, non_blocking=True)

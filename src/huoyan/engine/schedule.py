@@ -1,0 +1,56 @@
+"""What one step computes: the scheduler's answer, the runner's orders."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from huoyan.engine.sequence import Group, Sequence
+    from huoyan.media.types import PreparedPicture
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Compute tokens [start, end) of a sequence; `samples`: the logits after the last one are wanted."""
+
+    sequence: Sequence
+    start: int
+    end: int
+    samples: bool
+
+    @property
+    def num_tokens(self) -> int:
+        return self.end - self.start
+
+
+@dataclass
+class Schedule:
+    """The order of the runner's work: encode `pictures`, copy blocks, then one forward over `chunks`."""
+
+    decodes: list[Chunk] = field(default_factory=list)
+    """One token each. The sequences of a group stand together, in their order."""
+    prefills: list[Chunk] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    """Blocks (source, destination): copy on write, before anything is written."""
+    pictures: list[PreparedPicture] = field(default_factory=list)
+    """Not in the picture cache yet; room for them is reserved there."""
+    preempted: list[Group] = field(default_factory=list)
+
+    @property
+    def chunks(self) -> list[Chunk]:
+        return [*self.decodes, *self.prefills]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.decodes) + sum(chunk.num_tokens for chunk in self.prefills)
+
+    def without(self, groups: set[Group]) -> Schedule:
+        """The same step without some groups (their requests ended meanwhile)."""
+        return Schedule(
+            [c for c in self.decodes if c.sequence.group not in groups],
+            [c for c in self.prefills if c.sequence.group not in groups],
+            self.copies,
+            self.pictures,
+            self.preempted,
+        )

@@ -1,0 +1,153 @@
+"""Attention of one new token a sequence over the blocks of the KV cache, split over the context.
+
+Each program takes one key head of one sequence, with all query heads that share it, and one part of the context
+(flash decoding: Dao et al. 2023); a second kernel joins the parts. The number of parts depends on the batch size
+only, so that the launch can be captured in a CUDA graph and replayed for any lengths.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TILE = 64
+"""Tokens a program takes at a time."""
+MAX_PARTS = 32
+
+
+def paged_decode_reference(
+    q: Tensor, keys: Tensor, values: Tensor, block_tables: Tensor, seq_lens: Tensor
+) -> Tensor:
+    """The same in plain PyTorch, float32, a sequence at a time."""
+    block_size, kv_heads = keys.shape[1], keys.shape[2]
+    out = torch.empty_like(q)
+    for row, length in enumerate(seq_lens.tolist()):
+        blocks = block_tables[row, : -(-length // block_size)].long()
+        k, v = (cache[blocks].flatten(0, 1)[:length].float().transpose(0, 1) for cache in (keys, values))
+        grouped = q[row].float().unflatten(0, (kv_heads, -1))
+        scores = grouped @ k.transpose(1, 2) * q.shape[-1] ** -0.5
+        out[row] = (scores.softmax(-1) @ v).flatten(0, 1).to(q.dtype)
+    return out
+
+
+def parts_for(batch: int, kv_heads: int, processors: int = 132) -> int:
+    """Parts of the context: enough programs to fill the device about twice, a power of two."""
+    wanted = max(1, 2 * processors // (batch * kv_heads))
+    return min(MAX_PARTS, 1 << (wanted.bit_length() - 1))
+
+
+@triton.jit
+def _part_kernel(
+    q_ptr, keys_ptr, values_ptr, tables_ptr, lens_ptr, out_ptr, part_out_ptr, part_max_ptr, part_sum_ptr,
+    scale, q_stride, table_stride,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, HEAD_DIM: tl.constexpr,
+    DIM_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    head = tl.program_id(1)
+    part = tl.program_id(2)
+    length = tl.load(lens_ptr + row)
+    tiles = tl.cdiv(length, TILE)
+    tiles_a_part = tl.cdiv(tiles, PARTS)
+    first = part * tiles_a_part * TILE
+    last = tl.minimum(first + tiles_a_part * TILE, length)
+    g = tl.arange(0, GROUP_PADDED)
+    d = tl.arange(0, DIM_PADDED)
+    t = tl.arange(0, TILE)
+    d_ok = d < HEAD_DIM
+    q_ok = (g < GROUP)[:, None] & d_ok[None, :]
+    q_heads = head * GROUP + g
+    q = tl.load(q_ptr + row * q_stride + q_heads[:, None] * HEAD_DIM + d[None, :], mask=q_ok, other=0.0)
+    q = (q.to(tl.float32) * (scale * 1.4426950408889634)).to(q.dtype)
+    top = tl.full((GROUP_PADDED,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((GROUP_PADDED,), dtype=tl.float32)
+    acc = tl.zeros((GROUP_PADDED, DIM_PADDED), dtype=tl.float32)
+    for start in range(first, last, TILE):
+        token = start + t
+        ok = token < last
+        block = tl.load(tables_ptr + row * table_stride + token // BLOCK_SIZE, mask=ok, other=0).to(tl.int64)
+        at = ((block * BLOCK_SIZE + token % BLOCK_SIZE) * KV_HEADS + head) * HEAD_DIM
+        kv_ok = ok[:, None] & d_ok[None, :]
+        k = tl.load(keys_ptr + at[:, None] + d[None, :], mask=kv_ok, other=0.0)
+        scores = tl.dot(q, tl.trans(k))
+        scores = tl.where(ok[None, :], scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, axis=1))
+        shrink = tl.exp2(top - new_top)
+        p = tl.exp2(scores - new_top[:, None])
+        total = total * shrink + tl.sum(p, axis=1)
+        v = tl.load(values_ptr + at[:, None] + d[None, :], mask=kv_ok, other=0.0)
+        acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v)
+        top = new_top
+    g_ok = g < GROUP
+    if PARTS == 1:
+        result = acc / total[:, None]
+        out_at = (row * KV_HEADS * GROUP + q_heads[:, None]) * HEAD_DIM + d[None, :]
+        tl.store(out_ptr + out_at, result.to(out_ptr.dtype.element_ty), mask=q_ok)
+    else:
+        head_row = (row * KV_HEADS * GROUP + q_heads) * PARTS + part
+        tl.store(part_max_ptr + head_row, top, mask=g_ok)
+        tl.store(part_sum_ptr + head_row, total, mask=g_ok)
+        tl.store(part_out_ptr + head_row[:, None] * HEAD_DIM + d[None, :], acc, mask=q_ok)
+
+
+@triton.jit
+def _join_kernel(
+    out_ptr, part_out_ptr, part_max_ptr, part_sum_ptr,
+    HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    head_row = tl.program_id(0)
+    part = tl.arange(0, PARTS)
+    d = tl.arange(0, DIM_PADDED)
+    d_ok = d < HEAD_DIM
+    top = tl.load(part_max_ptr + head_row * PARTS + part)
+    weight = tl.exp2(top - tl.max(top, axis=0))
+    total = tl.sum(tl.load(part_sum_ptr + head_row * PARTS + part) * weight, axis=0)
+    at = (head_row * PARTS + part)[:, None] * HEAD_DIM + d[None, :]
+    parts = tl.load(part_out_ptr + at, mask=d_ok[None, :], other=0.0)
+    result = tl.sum(parts * weight[:, None], axis=0) / total
+    tl.store(out_ptr + head_row * HEAD_DIM + d, result.to(out_ptr.dtype.element_ty), mask=d_ok)
+
+
+def paged_decode(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    *,
+    parts: int | None = None,
+) -> Tensor:
+    """Attention of one query row a sequence.
+
+    Args:
+        q: [B, heads, head_dim], each row contiguous.
+        keys, values: one layer of the cache, [num_blocks, block_size, kv_heads, head_dim].
+        block_tables: int32 [B, most blocks].
+        seq_lens: int32 [B], at least 1: tokens to attend to, the new one (written already) included.
+
+    Returns:
+        [B, heads, head_dim] in the dtype of q.
+    """
+    batch, heads, head_dim = q.shape
+    block_size, kv_heads = keys.shape[1], keys.shape[2]
+    group = heads // kv_heads
+    parts = parts or parts_for(batch, kv_heads)
+    out = torch.empty((batch, heads, head_dim), dtype=q.dtype, device=q.device)
+    shape = (batch, heads, parts) if parts > 1 else (1, 1, 1)
+    part_out = torch.empty((*shape, head_dim), dtype=torch.float32, device=q.device)
+    part_max = torch.empty(shape, dtype=torch.float32, device=q.device)
+    part_sum = torch.empty(shape, dtype=torch.float32, device=q.device)
+    padded = max(16, triton.next_power_of_2(head_dim))
+    _part_kernel[(batch, kv_heads, parts)](
+        q, keys, values, block_tables, seq_lens, out, part_out, part_max, part_sum,
+        head_dim**-0.5, q.stride(0), block_tables.stride(0),
+        KV_HEADS=kv_heads, GROUP=group, GROUP_PADDED=max(16, triton.next_power_of_2(group)), HEAD_DIM=head_dim,
+        DIM_PADDED=padded, BLOCK_SIZE=block_size, PARTS=parts, TILE=TILE, num_warps=4, num_stages=3,
+    )  # fmt: skip
+    if parts > 1:
+        _join_kernel[(batch * heads,)](
+            out, part_out, part_max, part_sum, HEAD_DIM=head_dim, DIM_PADDED=padded, PARTS=parts, num_warps=4
+        )
+    return out

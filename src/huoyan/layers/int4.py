@@ -1,0 +1,153 @@
+"""Linear maps with int4 weights: each group of inputs of an output row has its own scale and zero point."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from huoyan.kernels import decode_kernels_enabled
+
+_CPU_GROUPS = (32, 64, 128, 256)
+_DENSE_VALUES = 64 * 1024 * 1024
+"""At most this many values of a matrix are dequantized at a time."""
+
+
+@dataclass(frozen=True)
+class Int4Weight:
+    """A weight matrix as integers: w[o, i] = (q[o, i] - zeros[o, g]) * scales[o, g], g = i // group_size.
+
+    q is uint8 [out, in] with values 0 to 15; scales and zeros are float32 [out, in / group_size].
+    """
+
+    q: Tensor
+    scales: Tensor
+    zeros: Tensor
+
+    @property
+    def group_size(self) -> int:
+        return self.q.shape[1] // self.scales.shape[1]
+
+    def dequantize(self) -> Tensor:
+        """float32 [out, in]."""
+        grouped = self.q.unflatten(1, (self.scales.shape[1], -1)).float()
+        weight: Tensor = (grouped - self.zeros.unsqueeze(-1)) * self.scales.unsqueeze(-1)
+        return weight.flatten(1)
+
+
+def stack(weights: list[Int4Weight]) -> Int4Weight:
+    """Weights of the same inputs, stacked along their outputs; finer groups win where they differ."""
+    group = min(w.group_size for w in weights)
+    weights = [_regroup(w, group) for w in weights]
+    return Int4Weight(
+        torch.cat([w.q for w in weights]),
+        torch.cat([w.scales for w in weights]),
+        torch.cat([w.zeros for w in weights]),
+    )
+
+
+def _regroup(weight: Int4Weight, group_size: int) -> Int4Weight:
+    """The same weight with smaller groups (a divisor of its own)."""
+    repeat = weight.group_size // group_size
+    if repeat == 1:
+        return weight
+    return Int4Weight(
+        weight.q, weight.scales.repeat_interleave(repeat, 1), weight.zeros.repeat_interleave(repeat, 1)
+    )
+
+
+class Int4Linear(nn.Module):
+    """x [..., in] @ dequantized(weight).T + bias, the weight held in four bits.
+
+    The weight is packed once, for the device and dtype it is built with: in the form of torch's int4 product
+    (a CPU in bfloat16), in that of our kernels (CUDA), else two values to a byte, multiplied by dequantizing a
+    block of rows at a time. No path keeps a 16-bit copy.
+    """
+
+    packed: Tensor
+    scales: Tensor
+    zeros: Tensor
+
+    def __init__(
+        self, weight: Int4Weight, bias: Tensor | None, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.width_out, self.width_in = weight.q.shape
+        self.bias = None if bias is None else nn.Parameter(bias.to(device, dtype), requires_grad=False)
+        self.packing = packing_for(weight, device, dtype)
+        if self.packing == "cpu":
+            weight = _regroup(weight, max(g for g in _CPU_GROUPS if weight.group_size % g == 0))
+            packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(weight.q.int(), 1)
+            offset = (8 - weight.zeros) * weight.scales
+            scales = torch.stack((weight.scales, offset), dim=-1).transpose(0, 1).contiguous()
+        elif self.packing == "words":
+            from huoyan.kernels.int4_matmul import pack_words
+
+            packed, scales = pack_words(weight.q.to(device)), weight.scales
+        else:
+            q = weight.q.to(device)
+            packed, scales = q[:, 0::2] | (q[:, 1::2] << 4), weight.scales
+        self.group_size = weight.group_size
+        self.register_buffer("packed", packed)
+        self.register_buffer("scales", scales.to(device, dtype))
+        if self.packing != "cpu":
+            self.register_buffer("zeros", weight.zeros.to(device, dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.width_in)
+        if self.packing == "cpu":
+            out = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.packed, self.group_size, self.scales)
+            out = out if self.bias is None else out + self.bias
+        elif self.packing == "words":
+            out = self._by_kernel(rows)
+        else:
+            out = self._by_blocks(rows, self.weight_rows)
+        return cast(Tensor, out).view(*x.shape[:-1], self.width_out)
+
+    def _by_kernel(self, x: Tensor) -> Tensor:
+        from huoyan.kernels import int4_matmul as kernel
+
+        if x.shape[0] <= kernel.MAX_ROWS:
+            return kernel.int4_matmul(x, self.packed, self.scales, self.zeros, self.bias)
+
+        def dense(start: int, stop: int) -> Tensor:
+            part = slice(start, stop)
+            return kernel.dequantize(self.packed[part], self.scales[part], self.zeros[part], x.dtype)
+
+        return self._by_blocks(x, dense)
+
+    def _by_blocks(self, x: Tensor, dense: Callable[[int, int], Tensor]) -> Tensor:
+        rows = max(_DENSE_VALUES // self.width_in, 1)
+        parts = []
+        for start in range(0, self.width_out, rows):
+            stop = min(start + rows, self.width_out)
+            bias = None if self.bias is None else self.bias[start:stop]
+            parts.append(nn.functional.linear(x, dense(start, stop), bias))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    def weight_rows(self, start: int, stop: int) -> Tensor:
+        """Rows start to stop of the dense weight, from the bytes packing."""
+        packed, part = self.packed[start:stop], slice(start, stop)
+        q = torch.stack((packed & 15, packed >> 4), dim=-1).view(stop - start, -1, self.group_size)
+        weight: Tensor = (q - self.zeros[part].unsqueeze(-1)) * self.scales[part].unsqueeze(-1)
+        return weight.flatten(1)
+
+
+def packing_for(weight: Int4Weight, device: torch.device, dtype: torch.dtype) -> str:
+    """How a weight is kept on a device: "cpu", "words" (our CUDA kernels) or "bytes" (anywhere).
+
+    torch's product on a CPU is vectorised for bfloat16 alone: 300 rows take forty times as long as
+    dequantizing in float32.
+    """
+    rows, columns = weight.q.shape
+    group = weight.group_size
+    fits = rows % 16 == 0 and columns % 32 == 0 and group % min(_CPU_GROUPS) == 0
+    if device.type == "cpu" and dtype is torch.bfloat16 and fits:
+        return "cpu"
+    kernels = device.type == "cuda" and decode_kernels_enabled()
+    if kernels and columns % 128 == 0 and (group in (32, 64) or group % 128 == 0):
+        return "words"
+    return "bytes"

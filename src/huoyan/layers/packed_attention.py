@@ -1,0 +1,67 @@
+"""Attention over sequences packed end to end: each attends within itself only, nothing is padded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate, groupby
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+
+def packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, q_lengths: Sequence[int], k_lengths: Sequence[int]
+) -> Tensor:
+    """Full attention of sequence s's queries over sequence s's keys.
+
+    Args:
+        q: [sum(q_lengths), heads, head_dim]
+        k, v: [sum(k_lengths), heads, head_dim]
+
+    Returns:
+        [sum(q_lengths), heads, head_dim]
+    """
+    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0:
+        return _varlen(q, k, v, q_lengths, k_lengths)
+    return packed_attention_by_runs(q, k, v, q_lengths, k_lengths)
+
+
+def packed_attention_by_runs(
+    q: Tensor, k: Tensor, v: Tensor, q_lengths: Sequence[int], k_lengths: Sequence[int]
+) -> Tensor:
+    """One batched call for each run of neighbours of the same lengths (callers sort to make runs long)."""
+    out = torch.empty_like(q) if not q.requires_grad else None
+    parts = []
+    q_at = k_at = 0
+    for (q_len, k_len), run in groupby(zip(q_lengths, k_lengths, strict=True)):
+        count = sum(1 for _ in run)
+        q_end, k_end = q_at + count * q_len, k_at + count * k_len
+        o = scaled_dot_product_attention(
+            q[q_at:q_end].unflatten(0, (count, q_len)).transpose(1, 2),
+            k[k_at:k_end].unflatten(0, (count, k_len)).transpose(1, 2),
+            v[k_at:k_end].unflatten(0, (count, k_len)).transpose(1, 2),
+        )
+        o = o.transpose(1, 2).flatten(0, 1)
+        if out is None:
+            parts.append(o)
+        else:
+            out[q_at:q_end] = o
+        q_at, k_at = q_end, k_end
+    return out if out is not None else torch.cat(parts)
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, q_lengths: Sequence[int], k_lengths: Sequence[int]) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    cu_q, cu_k = (
+        torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cpu").to(
+            q.device, non_blocking=True
+        )
+        for lengths in (q_lengths, k_lengths)
+    )
+    out = varlen_attn(
+        q.contiguous(), k.contiguous(), v.contiguous(), cu_q, cu_k, max(q_lengths), max(k_lengths)
+    )
+    assert isinstance(out, Tensor)
+    return out

@@ -1,0 +1,42 @@
+"""From an opened picture to the slices that the encoder takes."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from typing import TYPE_CHECKING
+
+from huoyan.media.slicing import cut_slices, plan_slices
+from huoyan.media.types import MediaItem, PreparedPicture, SlicePlan, SliceRules
+
+if TYPE_CHECKING:
+    from huoyan.media.picture import Picture
+
+
+def prepare_picture(
+    picture: Picture, rules: SliceRules, max_slice_nums: int | None = None
+) -> PreparedPicture:
+    """Plan, resize and cut one picture. `max_slice_nums` overrides the checkpoint's own."""
+    plan = plan_slices(picture.size, rules, max_slice_nums)
+    return PreparedPicture(key=_key(picture.digest, plan), plan=plan, slices=cut_slices(picture.pixels, plan))
+
+
+def prepare_items(
+    items: Sequence[MediaItem], rules: SliceRules, executor: Executor | None = None
+) -> list[PreparedPicture]:
+    """Prepare every picture of every item, in order.
+
+    With an `executor`, pictures are prepared side by side: Pillow resizes outside the interpreter's lock.
+    """
+    pictures = [(picture, item.max_slice_nums) for item in items for picture in item.pictures]
+    if executor is None or len(pictures) < 2:
+        return [prepare_picture(picture, rules, limit) for picture, limit in pictures]
+    tasks = [executor.submit(prepare_picture, picture, rules, limit) for picture, limit in pictures]
+    return [task.result() for task in tasks]
+
+
+def _key(digest: bytes, plan: SlicePlan) -> bytes:
+    numbers = (*plan.overview, *(plan.grid or (0, 0)), *(plan.cell or (0, 0)))
+    return hashlib.blake2b(digest + struct.pack("<6Q", *numbers), digest_size=16).digest()

@@ -1,0 +1,81 @@
+"""MiniCPM-V 2.6: picture encoder, resampler, language model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from huoyan.models.config import ModelConfig
+from huoyan.models.patches import Grid, cut_patches, normalise
+from huoyan.models.qwen2 import Attend, Qwen2
+from huoyan.models.resampler import Resampler
+from huoyan.models.siglip import SiglipEncoder
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+class MiniCPMV(nn.Module):
+    """The whole model. It knows nothing of requests: flat batches in, hidden states and logits out.
+
+    Attributes named as in the published checkpoints (`vpm`, `resampler`, `llm`), with q, k, v and gate, up
+    stacked. `norm_mean` and `norm_std` are the checkpoint's picture normalisation.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.norm_mean: Sequence[float] = (0.5, 0.5, 0.5)
+        self.norm_std: Sequence[float] = (0.5, 0.5, 0.5)
+        self.vpm = SiglipEncoder(config.vision)
+        self.resampler = Resampler(config)
+        self.llm = Qwen2(config.text)
+
+    @property
+    def device(self) -> torch.device:
+        return self.resampler.query.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.resampler.query.dtype
+
+    def encode_slices(self, slices: Sequence[NDArray[np.uint8]]) -> Tensor:
+        """Embeddings of uint8 slices [height, width, 3] with sides divisible by the patch size.
+
+        Slices are encoded together, those of equal grids side by side; no slice sees another.
+
+        Returns:
+            [len(slices), query_num, hidden], in the order given.
+        """
+        order = sorted(range(len(slices)), key=lambda i: slices[i].shape)
+        pixels, grids = cut_patches([slices[i] for i in order], self.config.vision.patch_size)
+        on_device = torch.from_numpy(pixels).to(self.device, non_blocking=True)
+        patches = normalise(on_device, self.norm_mean, self.norm_std, self.dtype)
+        embeddings = self.encode_patches(patches, grids)
+        back = torch.empty(len(order), dtype=torch.long)
+        back[torch.tensor(order)] = torch.arange(len(order))
+        return embeddings[back.to(self.device, non_blocking=True)]
+
+    def encode_patches(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """Normalised patches [P, 3 * patch_size**2] of packed slices -> [slices, query_num, hidden]."""
+        out: Tensor = self.resampler(self.vpm(patches, grids), grids)
+        return out
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """[T] -> [T, hidden]."""
+        out: Tensor = self.llm.model.embed_tokens(token_ids)
+        return out
+
+    def decoder(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """x [T, hidden] at positions [T] -> normed hidden states [T, hidden]."""
+        out: Tensor = self.llm.model(x, positions, attend)
+        return out
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[B, hidden] -> float32 [B, vocab]."""
+        out: Tensor = self.llm.lm_head(hidden)
+        return out.float()

@@ -1,0 +1,109 @@
+"""The language model: Qwen2, over a flat batch of tokens of any number of sequences."""
+
+from __future__ import annotations
+
+from typing import Protocol, cast
+
+from torch import Tensor, nn
+
+from huoyan.layers.embedding import embedding
+from huoyan.layers.fused import add_norm, silu_mul
+from huoyan.layers.linear import Linear
+from huoyan.layers.norm import RMSNorm
+from huoyan.layers.rope import RotaryTable, apply_rope
+from huoyan.models.config import TextConfig
+
+
+class Attend(Protocol):
+    """Attention of one layer over whatever the tokens may see; owns the KV cache.
+
+    q [T, heads, head_dim]; k, v [T, kv_heads, head_dim], q and k already rotated -> [T, heads, head_dim].
+    """
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
+
+
+class FusedAttend(Attend, Protocol):
+    """Attention that also rotates: qkv [T, (heads + 2 kv_heads) * head_dim] -> [T, heads * head_dim]."""
+
+    def rotate_and_attend(self, layer: int, qkv: Tensor) -> Tensor: ...
+
+
+class Attention(nn.Module):
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.heads = config.num_attention_heads
+        self.kv_heads = config.num_key_value_heads
+        self.head_dim = config.head_dim
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        self.qkv_proj = Linear(config.hidden_size, (q, kv, kv), bias=True)
+        self.o_proj = Linear(q, (config.hidden_size,), bias=False)
+
+    def forward(self, layer: int, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        qkv: Tensor = self.qkv_proj(x)
+        if hasattr(attend, "rotate_and_attend"):
+            fused: Tensor = self.o_proj(cast(FusedAttend, attend).rotate_and_attend(layer, qkv))
+            return fused
+        heads = qkv.unflatten(-1, (-1, self.head_dim))
+        rotated = apply_rope(heads[:, : self.heads + self.kv_heads], cos, sin)
+        q, k = rotated.split((self.heads, self.kv_heads), dim=1)
+        v = heads[:, self.heads + self.kv_heads :]
+        out: Tensor = self.o_proj(attend(layer, q, k, v).flatten(1))
+        return out
+
+
+class MLP(nn.Module):
+    """silu(gate) * up, gate and up stacked in one product."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        width = config.intermediate_size
+        self.gate_up_proj = Linear(config.hidden_size, (width, width), bias=False)
+        self.down_proj = Linear(width, (config.hidden_size,), bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(silu_mul(self.gate_up_proj(x)))
+        return out
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, layer: int, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, attend: Attend
+    ) -> tuple[Tensor, Tensor]:
+        """Returns (the layer's last addition, the stream it is to be added to): the next norm adds them."""
+        x, residual = add_norm(self.input_layernorm, x, residual)
+        x = self.self_attn(layer, x, cos, sin, attend)
+        x, residual = add_norm(self.post_attention_layernorm, x, residual)
+        return self.mlp(x), residual
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.embed_tokens = embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary = RotaryTable(config.head_dim, config.rope_theta, config.max_position_embeddings)
+
+    def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        cos, sin = self.rotary.lookup(positions)
+        residual: Tensor | None = None
+        for i, layer in enumerate(self.layers):
+            x, residual = layer(i, x, residual, cos, sin, attend)
+        return add_norm(self.norm, x, residual)[0]
+
+
+class Qwen2(nn.Module):
+    """`model` and `lm_head`; the head shares the embedding's weight where the checkpoint ties them."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.model = Decoder(config)
+        self.lm_head = Linear(config.hidden_size, (config.vocab_size,), bias=False)

@@ -1,0 +1,117 @@
+"""The picture encoder: SigLIP as a NaViT, over slices of any grid packed end to end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from huoyan.layers.embedding import embedding
+from huoyan.layers.linear import Linear
+from huoyan.layers.norm import LayerNorm
+from huoyan.layers.packed_attention import packed_attention
+from huoyan.models.config import VisionConfig
+from huoyan.models.patches import Grid
+
+
+@lru_cache(maxsize=4096)
+def position_buckets(count: int, side: int) -> Tensor:
+    """Which of `side` equal cells of [0, 1) each of `count` evenly spaced rows (or columns) falls into.
+
+    Row i of n stands at i/n, divided in float32. Stepping by a rounded 1/n instead would put rows that fall on
+    a border (15 of 25 on the 42nd of 70) into the cell before it.
+    """
+    fractions = torch.arange(count, dtype=torch.float32) / torch.full((count,), float(count))
+    borders = torch.arange(1 / side, 1.0, 1 / side)
+    return torch.bucketize(fractions, borders, right=True)
+
+
+def position_ids(grids: Sequence[Grid], side: int) -> Tensor:
+    """Rows of the position table for every patch of packed grids: [sum(rows * columns)]."""
+    return torch.cat(
+        [
+            (position_buckets(rows, side)[:, None] * side + position_buckets(columns, side)).flatten()
+            for rows, columns in grids
+        ]
+    )
+
+
+class Embeddings(nn.Module):
+    """A linear map of a patch's pixels, plus a learned position."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        pixels = config.num_channels * config.patch_size**2
+        self.side = config.patches_per_side
+        self.patch_embedding = Linear(pixels, (config.hidden_size,), bias=True)
+        self.position_embedding = embedding(self.side**2, config.hidden_size)
+
+    def forward(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
+        positions = position_ids(grids, self.side).to(patches.device, non_blocking=True)
+        out: Tensor = self.patch_embedding(patches) + self.position_embedding(positions)
+        return out
+
+
+class Attention(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.heads = config.num_attention_heads
+        self.qkv_proj = Linear(width, (width, width, width), bias=True)
+        self.out_proj = Linear(width, (width,), bias=True)
+
+    def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
+        q, k, v = self.qkv_proj(x).unflatten(-1, (3, self.heads, -1)).unbind(1)
+        out: Tensor = self.out_proj(packed_attention(q, k, v, lengths, lengths).flatten(1))
+        return out
+
+
+class MLP(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.fc1 = Linear(config.hidden_size, (config.intermediate_size,), bias=True)
+        self.fc2 = Linear(config.intermediate_size, (config.hidden_size,), bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc2(nn.functional.gelu(self.fc1(x), approximate="tanh"))
+        return out
+
+
+class EncoderLayer(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.layer_norm1 = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.self_attn = Attention(config)
+        self.layer_norm2 = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x), lengths)
+        out: Tensor = x + self.mlp(self.layer_norm2(x))
+        return out
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_encoder_layers))
+
+
+class SiglipEncoder(nn.Module):
+    """patches [P, pixels] of slices with the given grids -> [P, hidden]; slices never see each other."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.embeddings = Embeddings(config)
+        self.encoder = Encoder(config)
+        self.post_layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+
+    def forward(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
+        lengths = [rows * columns for rows, columns in grids]
+        x = self.embeddings(patches, grids)
+        for layer in self.encoder.layers:
+            x = layer(x, lengths)
+        out: Tensor = self.post_layernorm(x)
+        return out

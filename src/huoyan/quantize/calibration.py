@@ -1,0 +1,150 @@
+"""What the quantizer looks at: pictures, questions and answers, as the model would see them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huoyan.errors import InputError, MediaError
+from huoyan.media.picture import Picture
+from huoyan.media.prepare import prepare_items
+from huoyan.media.types import MediaItem
+from huoyan.prompt.messages import parse_messages
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from huoyan.models.minicpmv import MiniCPMV
+    from huoyan.prompt.processor import PromptProcessor
+
+PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+DEFAULT_QUESTIONS = ("Describe this picture.", "请描述这张图片")
+MAX_ITEMS = 512
+
+
+@dataclass(frozen=True)
+class CalibrationItem:
+    """A question about pictures and, where it is known, its answer."""
+
+    question: str
+    pictures: tuple[Picture, ...] = ()
+    answer: str = ""
+    max_slices: int | None = None
+    """Slices of a picture at most; None leaves it to the checkpoint's rules."""
+
+
+@dataclass
+class EncodedItem:
+    """One item as the decoder sees it."""
+
+    token_ids: list[int]
+    answer_start: int
+    """Tokens from here on are the answer."""
+    embeddings: Tensor | None = field(default=None, repr=False)
+    """[len(token_ids), hidden]"""
+
+
+def read_calibration(source: str | Path | None) -> list[CalibrationItem]:
+    """The built-in set, or one's own.
+
+    Args:
+        source: None; a folder of pictures (each is described, in English and in Chinese); or a JSONL file of
+            `{"question": …, "image" or "images": path(s), "answer": …}`, paths relative to the file.
+
+    Raises:
+        InputError, MediaError: one line that names the file and the line.
+    """
+    if source is None:
+        from huoyan.quantize.builtin_set import builtin_items
+
+        return builtin_items()
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(f for f in path.iterdir() if f.suffix.lower() in PICTURE_SUFFIXES)
+        if not files:
+            raise InputError(
+                f"{path} has no pictures to calibrate with ({', '.join(sorted(PICTURE_SUFFIXES))})"
+            )
+        return [
+            CalibrationItem(DEFAULT_QUESTIONS[i % 2], (Picture.open(file),))
+            for i, file in enumerate(files[:MAX_ITEMS])
+        ]
+    if not path.is_file():
+        raise InputError(f"{path} does not exist: --calibration takes a folder of pictures or a JSONL file")
+    items = list(_read_lines(path))
+    if not items:
+        raise InputError(f"{path} has no line to calibrate with")
+    return items[:MAX_ITEMS]
+
+
+def _read_lines(path: Path) -> Iterable[CalibrationItem]:
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{where} is not JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise InputError(f"{where} is not a JSON object")
+        question = row.get("question", row.get("prompt"))
+        if not isinstance(question, str) or not question.strip():
+            raise InputError(f'{where} has no "question"')
+        images = row.get("images", row.get("image", []))
+        images = [images] if isinstance(images, str) else images
+        if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+            raise InputError(f'{where}: "images" must be a path or a list of paths')
+        try:
+            pictures = tuple(Picture.open(str(path.parent / image)) for image in images)
+        except MediaError as error:
+            raise MediaError(f"{where}: {error}") from None
+        yield CalibrationItem(question, pictures, str(row.get("answer", "")))
+
+
+def encode_items(items: Sequence[CalibrationItem], processor: PromptProcessor, max_tokens: int) -> list[Any]:
+    """Token ids and prepared pictures of each item, cut to `max_tokens`; pictures are encoded by `embed`."""
+    out = []
+    for item in items:
+        content: list[dict[str, Any]] = [{"type": "image", "image": picture} for picture in item.pictures]
+        content.append({"type": "text", "text": item.question})
+        messages = parse_messages(
+            [{"role": "user", "content": content}],
+            partial(_media_item, max_slices=item.max_slices),
+        )
+        prompt = processor.from_messages(messages)
+        ids = list(prompt.token_ids)
+        if len(ids) >= max_tokens:
+            continue
+        answer = processor.tokenizer.encode_plain(item.answer) if item.answer else []
+        end = processor.tokenizer.token_to_id("<|im_end|>")
+        full = [*ids, *answer, *([end] if answer and end is not None else [])][:max_tokens]
+        media = [MediaItem((picture,), max_slice_nums=item.max_slices) for picture in item.pictures]
+        out.append((EncodedItem(full, len(ids)), prompt.slots, prepare_items(media, processor.rules)))
+    if not out:
+        raise InputError(f"no calibration item fits in {max_tokens} tokens: use smaller pictures")
+    return out
+
+
+def _media_item(kind: str, source: Any, max_slices: int | None) -> MediaItem:
+    return MediaItem((source,), kind, max_slice_nums=max_slices)
+
+
+def embed_items(encoded: Sequence[Any], model: MiniCPMV) -> list[EncodedItem]:
+    """Fill the embeddings: token embeddings, with the pictures' where their slots are."""
+    import torch
+
+    items = []
+    for item, slots, prepared in encoded:
+        x = model.embed(torch.tensor(item.token_ids, device=model.device))
+        for slot, picture in zip(slots, prepared, strict=True):
+            embeddings = model.encode_slices(picture.slices)
+            for offset, slice_embedding in zip(slot.offsets, embeddings, strict=True):
+                x[offset : offset + slot.length] = slice_embedding
+        item.embeddings = x
+        items.append(item)
+    return items

@@ -1,0 +1,90 @@
+"""The engine on a GPU: kernels, packed prefill and graphs give what the plain model gives in float32."""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import pytest
+import torch
+
+from huoyan.api.sampling_params import SamplingParams
+from huoyan.engine.config import EngineConfig
+from huoyan.engine.engine import Engine
+from huoyan.models.minicpmv import MiniCPMV
+from tests.engine.harness import drive
+from tests.engine.support import VOCAB, greedy, picture, plain_logits, request, tiny_model, words
+
+pytestmark = pytest.mark.gpu
+# Run by `make test-gpu`, which also sets HUOYAN_CUDA_KERNELS=1: the kernels are not the default yet.
+NOISE = {torch.float16: 0.03, torch.bfloat16: 0.2}
+
+
+@pytest.fixture(scope="module")
+def model() -> MiniCPMV:
+    return tiny_model(31)
+
+
+def engine_on_gpu(model: MiniCPMV, dtype: torch.dtype, **config: object) -> Engine:
+    sizes = {"num_blocks": 60, "block_size": 16, "max_num_seqs": 12, "max_num_batched_tokens": 40, **config}
+    return Engine(copy.deepcopy(model).to("cuda", dtype), EngineConfig(**sizes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("enforce_eager", [True, False])
+def test_tokens_and_logprobs_are_the_plain_model_s(
+    model: MiniCPMV, seed: int, dtype: torch.dtype, enforce_eager: bool
+) -> None:
+    rng = random.Random(seed)
+    pictures = [picture(rng, rng.randint(1, 4)) for _ in range(3)]
+    requests = []
+    for i in range(20):
+        parts = words(rng, rng.randint(1, 60))
+        for _ in range(rng.choice([0, 1, 2])):
+            parts = [*parts, rng.choice(pictures), *words(rng, 3)]
+        requests.append(request(f"r{i}", parts, greedy(rng.choice([1, 5, 20]))))
+    outputs = drive(engine_on_gpu(model, dtype, enforce_eager=enforce_eager), requests, rng)
+    for req in requests:
+        answer = outputs[req.request_id].outputs[0]
+        rows = plain_logits(model, req, answer.token_ids)[len(req.prompt.token_ids) - 1 : -1].log_softmax(-1)
+        own = rows[torch.arange(len(answer.token_ids)), torch.tensor(answer.token_ids)]
+        behind = rows.amax(-1) - own
+        assert float(behind.max()) < NOISE[dtype], "a chosen token is not the likeliest within rounding"
+        assert answer.cumulative_logprob == pytest.approx(
+            float(own.sum()), abs=NOISE[dtype] * len(answer.token_ids)
+        )
+
+
+def test_graphs_change_nothing(model: MiniCPMV, seed: int) -> None:
+    """The same kernels run in both ways, so the tokens are equal, batch by batch."""
+    rng = random.Random(seed)
+    requests = [request(f"r{i}", words(rng, rng.randint(1, 50)), greedy(24)) for i in range(7)]
+    eager, graphs = (
+        drive(engine_on_gpu(model, torch.float16, enforce_eager=flag), requests) for flag in (True, False)
+    )
+    for req in requests:
+        assert eager[req.request_id].outputs[0].token_ids == graphs[req.request_id].outputs[0].token_ids
+
+
+def test_beams_and_samples_on_the_gpu(model: MiniCPMV, seed: int) -> None:
+    rng = random.Random(seed)
+    beams = SamplingParams(
+        temperature=0, use_beam_search=True, best_of=3, n=3, max_tokens=12, ignore_eos=True
+    )
+    sampled = SamplingParams(
+        temperature=0.9, top_k=20, top_p=0.9, seed=5, n=2, max_tokens=12, ignore_eos=True
+    )
+    requests = [request("b", words(rng, 30), beams), request("s", [*words(rng, 9), picture(rng, 2)], sampled)]
+    outputs = drive(engine_on_gpu(model, torch.float16), requests)
+    again = drive(engine_on_gpu(model, torch.float16), requests)
+    for name in ("b", "s"):
+        assert outputs[name].error is None
+        assert [o.token_ids for o in outputs[name].outputs] == [o.token_ids for o in again[name].outputs]
+    for req in requests:
+        for answer in outputs[req.request_id].outputs:
+            rows = plain_logits(model, req, answer.token_ids)[len(req.prompt.token_ids) - 1 : -1].log_softmax(
+                -1
+            )
+            own = rows[torch.arange(12), torch.tensor(answer.token_ids)]
+            assert answer.cumulative_logprob == pytest.approx(float(own.sum()), abs=0.3)
+            assert max(answer.token_ids) < VOCAB

@@ -1,0 +1,109 @@
+"""The decode step's kernels against plain PyTorch, on fresh random inputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from huoyan.kernels.add_rms_norm import add_rms_norm, add_rms_norm_reference
+from huoyan.kernels.paged_decode import paged_decode, paged_decode_reference, parts_for
+from huoyan.kernels.rope_cache import rope_cache, rope_cache_reference
+from huoyan.kernels.silu_mul import silu_mul, silu_mul_reference
+from huoyan.layers.rope import RotaryTable
+
+
+def near(got: Tensor, expected: Tensor, bound: float) -> None:
+    assert torch.isfinite(got).all()
+    error = (got.float() - expected.float()).norm() / expected.float().norm()
+    assert error < bound, float(error)
+
+
+def random_cache(
+    seed: int, blocks: int, size: int, kv_heads: int, dim: int, device: torch.device
+) -> list[Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(blocks, size, kv_heads, dim, generator=g).half().to(device) for _ in range(2)]
+
+
+@pytest.mark.parametrize("heads, kv_heads, dim", [(28, 4, 128), (4, 2, 64), (6, 6, 72), (8, 1, 32)])
+@pytest.mark.parametrize("parts", [1, 4, None])
+def test_paged_decode(
+    seed: int, device: torch.device, heads: int, kv_heads: int, dim: int, parts: int | None
+) -> None:
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.tensor([1, 16, 17, 150, 64, 300], dtype=torch.int32)
+    keys, values = random_cache(seed, 64, 16, kv_heads, dim, device)
+    tables = torch.stack([torch.randperm(64, generator=g)[:20] for _ in lengths]).int().to(device)
+    q = torch.randn(len(lengths), heads, dim, generator=g).half().to(device)
+    lengths = lengths.to(device)
+    got = paged_decode(q, keys, values, tables, lengths, parts=parts)
+    near(got, paged_decode_reference(q, keys, values, tables, lengths), 3e-3)
+
+
+def test_queries_may_stand_in_a_wider_row(seed: int, device: torch.device) -> None:
+    keys, values = random_cache(seed, 8, 16, 2, 64, device)
+    wide = torch.randn(3, 8 * 64, generator=torch.Generator().manual_seed(seed)).half().to(device)
+    q = wide[:, : 4 * 64].unflatten(1, (4, 64))
+    tables = torch.arange(8, dtype=torch.int32, device=device).view(1, 8).repeat(3, 1)
+    lengths = torch.tensor([5, 100, 33], dtype=torch.int32, device=device)
+    near(
+        paged_decode(q, keys, values, tables, lengths),
+        paged_decode_reference(q.contiguous(), keys, values, tables, lengths),
+        3e-3,
+    )
+
+
+def test_parts_fill_the_device() -> None:
+    assert parts_for(1, 4) == 32
+    assert parts_for(128, 4) == 1
+    assert all(parts_for(b, 4) & (parts_for(b, 4) - 1) == 0 for b in range(1, 300))
+
+
+@pytest.mark.parametrize("width", [256, 3584, 1000])
+@pytest.mark.parametrize("with_residual", [True, False])
+def test_add_rms_norm(seed: int, device: torch.device, width: int, with_residual: bool) -> None:
+    g = torch.Generator().manual_seed(seed)
+    x, residual = (torch.randn(5, width, generator=g).half().to(device) for _ in range(2))
+    weight = torch.randn(width, generator=g).half().to(device)
+    given = residual if with_residual else None
+    normed, total = add_rms_norm(x, given, weight, 1e-6)
+    expected, expected_total = add_rms_norm_reference(x, given, weight, 1e-6)
+    near(normed, expected, 1e-3)
+    assert torch.equal(total, expected_total)
+
+
+@pytest.mark.parametrize("width", [768, 18944, 100])
+def test_silu_mul(seed: int, device: torch.device, width: int) -> None:
+    x = (3 * torch.randn(4, 2 * width, generator=torch.Generator().manual_seed(seed))).half().to(device)
+    near(silu_mul(x), silu_mul_reference(x), 1e-3)
+
+
+@pytest.mark.parametrize("heads, kv_heads, dim", [(28, 4, 128), (4, 2, 64), (3, 1, 24)])
+def test_rope_cache(seed: int, device: torch.device, heads: int, kv_heads: int, dim: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    qkv = torch.randn(7, (heads + 2 * kv_heads) * dim, generator=g).half().to(device)
+    positions = torch.randint(0, 500, (7,), generator=g).to(device)
+    slots = torch.randperm(6 * 16, generator=g)[:7].to(device)
+    table = RotaryTable(dim, 1e6, 512).table(device)
+    keys, values = random_cache(seed, 6, 16, kv_heads, dim, device)
+    expected_keys, expected_values = keys.clone(), values.clone()
+    expected = rope_cache_reference(qkv.clone(), positions, table, slots, expected_keys, expected_values)
+    got = rope_cache(qkv, positions, table, slots, keys, values)
+    near(got, expected, 1e-3)
+    near(keys, expected_keys, 1e-3)
+    assert torch.equal(values, expected_values)
+
+
+def test_a_token_may_stay_out_of_the_cache(seed: int, device: torch.device) -> None:
+    keys, values = random_cache(seed, 2, 16, 1, 32, device)
+    before = keys.clone(), values.clone()
+    qkv = torch.randn(1, 3 * 32, generator=torch.Generator().manual_seed(seed)).half().to(device)
+    none = torch.tensor([-1], device=device)
+    rope_cache(
+        qkv, torch.tensor([3], device=device), RotaryTable(32, 1e6, 8).table(device), none, keys, values
+    )
+    assert torch.equal(keys, before[0])
+    assert torch.equal(values, before[1])

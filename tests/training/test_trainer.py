@@ -1,0 +1,380 @@
+"""The trainer of `tiny`: what it feeds the model is what the product feeds it, and the model learns from it."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from huoyan.layers.packed_attention import packed_attention
+from huoyan.media.picture import Picture
+from huoyan.media.slicing import read_slice_rules
+from huoyan.media.types import MediaItem
+from huoyan.models.checkpoint import open_checkpoint
+from huoyan.models.patches import normalise
+from huoyan.models.resampler import GridPositions
+from huoyan.models.weights import load_model, published_state
+from huoyan.prompt.messages import MediaPart, Message, TextPart
+from huoyan.prompt.processor import PromptProcessor
+from huoyan_training.example import CHARACTERS, CLASSES, Example, Mark
+from huoyan_training.families import FAMILIES, sample
+from tiny_trainer import drills
+from tiny_trainer.attention import padded_attention
+from tiny_trainer.batches import make_groups
+from tiny_trainer.drawing import MARK_CLASSES, Recorder, mixture
+from tiny_trainer.evaluation import evaluate
+from tiny_trainer.export import export
+from tiny_trainer.generate import Prompted, greedy_answers
+from tiny_trainer.losses import hidden_states
+from tiny_trainer.optimizer import orthogonalise
+from tiny_trainer.pictures import CHANNELS, paint
+from tiny_trainer.pool import Pool
+from tiny_trainer.positions import LookedUpPositions
+from tiny_trainer.schedule import family_weights, learning_rate_scale
+from tiny_trainer.scoring import exact, facts, score
+from tiny_trainer.sequences import SequenceBuilder
+from tiny_trainer.shape import write_configs
+from tiny_trainer.trainer import Trainer
+from tiny_trainer.workers import PIXELS, Workers
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    from huoyan_training.tokenizer import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("tiny")
+    train_tokenizer(folder, n_examples=250)
+    write_configs(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recorder(folder):
+    return Recorder(SequenceBuilder(folder, read_slice_rules(folder)))
+
+
+@pytest.fixture(scope="module")
+def trainer(folder, recorder):
+    return make_trainer(folder, recorder)
+
+
+def make_trainer(folder, recorder, **changes):
+    arguments = {
+        "classes": MARK_CLASSES, "families": list(mixture()), "slot_id": recorder.builder.slot_id,
+        "device": torch.device("cpu"), "dtype": torch.float32, "seed": 3, "matrix_lr": 6e-3, "adam_lr": 3e-3,
+    }  # fmt: skip
+    return Trainer(folder, **{**arguments, **changes})
+
+
+def in_pool(records, seed=0):
+    rows = sum(len(r.patches) for r in records)
+    pool = Pool(rows, PIXELS, CHANNELS, torch.device("cpu"), seed)
+    workers = Workers(0, lambda rng, family: records.pop(0), {"x": 1.0}, seed)
+    from tiny_trainer.workers import Delivery
+
+    pool.add(
+        Delivery(
+            records,
+            -1,
+            np.concatenate([r.patches for r in records]),
+            np.concatenate([r.marks for r in records]),
+        ),
+        workers,
+    )
+    return pool
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_tokens_are_the_prompts_of_the_product(family, folder, recorder, seed):
+    processor = PromptProcessor.from_folder(folder)
+    example = sample(np.random.default_rng(seed), family, "train")
+    record = recorder.encode(example, family)
+    pictures = [Picture(p) for p in example.pictures]
+    if example.kind == "video":
+        limit = 2 if len(pictures) <= 16 else 1
+        items = [MediaItem(tuple(pictures), "video", max_slice_nums=limit, use_image_id=False)]
+    else:
+        items = [MediaItem((picture,)) for picture in pictures]
+    plans = recorder.cut(example).plans
+    first = recorder.builder.beginning(plans, example.kind)
+    for number, (question, answer) in enumerate(example.turns, 1):
+        parts = (*(MediaPart(item) for item in items), TextPart(question))
+        prompt = processor.from_messages([Message("user", parts)])
+        own = record.branch == number
+        ids = [*record.ids[record.branch == 0], *record.ids[own]]
+        asked = len(prompt.token_ids)
+        assert ids[:asked] == list(prompt.token_ids)
+        assert recorder.builder.decode(ids[asked:]) == answer
+        assert ids[-1] == recorder.builder.stop_id
+        assert list(record.positions[record.branch == 0]) + list(record.positions[own]) == list(
+            range(len(ids))
+        )
+        # Trained is what is predicted from the last token of the prompt on.
+        trained = np.flatnonzero(record.weights[own] > 0) + len(first)
+        assert list(trained) == list(range(asked - 1, len(ids) - 1))
+    assert sum(r * c for r, c in record.grids) == len(record.patches) == len(record.marks)
+
+
+def test_a_bare_video_placeholder_is_trained_too(folder, recorder, seed):
+    processor = PromptProcessor.from_folder(folder)
+    example = sample(np.random.default_rng(seed), "motion", "train")
+    record = recorder.encode(example, "motion", between="")
+    video = MediaItem(
+        tuple(Picture(p) for p in example.pictures), "video", max_slice_nums=2, use_image_id=False
+    )
+    question = example.turns[0][0]
+    text = (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+        f"(<video>./</video>)\n{question}<|im_end|>\n<|im_start|>assistant\n"
+    )
+    prompt = processor.from_text(text, [video])
+    assert list(record.ids[record.branch <= 1][: len(prompt.token_ids)]) == list(prompt.token_ids)
+
+
+def test_a_conversation_is_the_products_conversation(folder, recorder, seed):
+    processor = PromptProcessor.from_folder(folder)
+    example = sample(np.random.default_rng(seed), "what", "train")
+    record = recorder.encode(example, "what", conversation=True)
+    messages = []
+    for number, (question, answer) in enumerate(example.turns):
+        pictures = [MediaPart(MediaItem((Picture(example.pictures[0]),)))] if number == 0 else []
+        messages.append(Message("user", (*pictures, TextPart(question))))
+        messages.append(Message("assistant", (TextPart(answer),)))
+    whole = processor.from_messages(messages, add_generation_prompt=False).token_ids
+    assert list(whole[: len(record.ids)]) == list(record.ids)
+    assert set(record.branch) <= {0, 1}
+
+
+def test_branches_compute_what_separate_sequences_do(trainer, recorder, seed):
+    example = sample(np.random.default_rng(seed), "colour", "train")
+    together = recorder.encode(example, "colour")
+    apart = [recorder.encode(Example(**one_turn(example, k)), "colour") for k in range(len(example.turns))]
+    model = trainer.model
+    with torch.no_grad():
+        pixels = normalise(torch.from_numpy(together.patches), (0.5,) * 3, (0.5,) * 3, torch.float32)
+        embeddings = model.encode_patches(pixels, together.grids).flatten(0, 1)
+        rows = [run(model, trainer.slot_id, [record], embeddings)[0] for record in (together, *apart)]
+    for number, (alone, record) in enumerate(zip(rows[1:], apart, strict=True), 1):
+        expected = alone[: len(record.ids)][record.branch == 1]
+        found = rows[0][: len(together.ids)][together.branch == number]
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+
+
+def one_turn(example, k):
+    return {
+        "pictures": example.pictures, "kind": example.kind, "turns": example.turns[k : k + 1], "tasks": ["x"],
+        "languages": ["en"], "marks": example.marks,
+    }  # fmt: skip
+
+
+def run(model, slot_id, records, embeddings):
+    group = make_groups(records, slot_id).groups[0]
+    hidden = hidden_states(model, group, embeddings, group.bias(torch.float32))
+    return hidden.unflatten(0, (group.rows, -1))
+
+
+def test_groups_hold_every_example_once_in_the_order_of_their_slices(recorder, seed):
+    rng = random.Random(seed)
+    records = [
+        recorder.record(rng, family) for family in ("what", "chat", "motion", "drill", "three", "count") * 2
+    ]
+    text = make_groups(records, recorder.builder.slot_id, max_groups=3)
+    assert sorted(text.order) == list(range(len(records)))
+    assert text.grids == [grid for i in text.order for grid in records[i].grids]
+    assert sum(g.rows for g in text.groups) == len(records)
+    assert sum(len(g.slots) for g in text.groups) == 64 * len(text.grids)
+    trained = sum(float(r.weights.sum()) for r in records)
+    assert sum(float(g.weights.sum()) for g in text.groups) == pytest.approx(trained, rel=1e-5)
+
+
+def test_a_fixed_batch_is_learned_and_the_export_answers_the_same(folder, recorder, tmp_path):
+    trainer = make_trainer(folder, recorder)
+    rng = random.Random(5)
+    records = [recorder.record(rng, family) for family in ("exists",)]
+    pool = in_pool(records)
+    kept = list(pool.order)
+    seen = []
+    for step in range(6):
+        trainer.step(pool, kept, scale=min(1.0, (step + 1) / 2), auxiliary=1.0)
+        seen.append(trainer.read_log()[0])
+    assert seen[-1]["answers"] < 0.7 * seen[0]["answers"]
+    assert seen[-1]["patches"] < 0.9 * seen[0]["patches"]
+    assert seen[-1]["queries"] < 0.9 * seen[0]["queries"]
+    export(trainer.model, folder, tmp_path / "checkpoint")
+    trainer.save_heads(tmp_path)
+    again = load_model(open_checkpoint(tmp_path / "checkpoint"), device="cpu", dtype=torch.float32)
+    for name, value in published_state(trainer.model).items():
+        assert torch.equal(value.to(torch.bfloat16).float(), published_state(again)[name]), name
+    size = sum(file.stat().st_size for file in (tmp_path / "checkpoint").iterdir())
+    assert size < 16e6
+    continued = make_trainer(folder, recorder, init=tmp_path / "checkpoint")
+    assert torch.equal(continued.model.resampler.proj, again.resampler.proj)
+    assert torch.equal(continued.heads.read.weight, trainer.heads.read.weight.to(torch.bfloat16).float())
+
+
+def test_greedy_answers_are_those_of_the_whole_sequence(trainer, recorder, seed):
+    model = trainer.model
+    held = [recorder.held_out(seed, family, "heldout") for family in ("what", "two", "chat")]
+    prompted = [Prompted(h.prompted.patches, h.prompted.grids, h.prompted.prompts[:2]) for h in held]
+    answers = greedy_answers(model, prompted, trainer.slot_id, recorder.builder.stop_id, max_tokens=5, rows=4)
+    attend_all = torch.tril(torch.ones(2048, 2048)).log()
+    from tiny_trainer.attention import BranchedAttention
+
+    with torch.no_grad():
+        for p, given in zip(prompted, answers, strict=True):
+            for prompt, answer in zip(p.prompts, given, strict=True):
+                ids = [*prompt, *answer]
+                x = model.embed(torch.tensor(ids))
+                if p.grids:
+                    pixels = normalise(torch.from_numpy(p.patches), (0.5,) * 3, (0.5,) * 3, torch.float32)
+                    slots = torch.tensor([i for i, t in enumerate(prompt) if t == trainer.slot_id])
+                    x = x.index_copy(0, slots, model.encode_patches(pixels, p.grids).flatten(0, 1))
+                bias = attend_all[None, None, : len(ids), : len(ids)]
+                hidden = model.decoder(x, torch.arange(len(ids)), BranchedAttention(bias))
+                logits = model.logits(hidden[len(prompt) - 1 :])
+                best = logits.max(-1).values
+                for k, token in enumerate(answer):
+                    assert logits[k, token] >= best[k] - 1e-3
+
+
+def test_padded_attention_is_packed_attention(seed):
+    g = torch.Generator().manual_seed(seed)
+    lengths = [9, 30, 30, 4]
+    q, k, v = (torch.randn(sum(lengths), 2, 16, generator=g) for _ in range(3))
+    expected = packed_attention(q, k, v, lengths, lengths)
+    torch.testing.assert_close(padded_attention(q, k, v, lengths, lengths), expected)
+
+
+def test_looked_up_positions_are_the_models(seed):
+    rng = random.Random(seed)
+    grids = [(rng.randint(1, 40), rng.randint(1, 40)) for _ in range(6)]
+    device = torch.device("cpu")
+    expected = GridPositions(64)(grids, device, torch.float32)
+    assert torch.equal(LookedUpPositions(64)(grids, device, torch.float32), expected)
+
+
+def test_marks_land_on_their_patches():
+    letter = len(CLASSES) - len(CHARACTERS) + CHARACTERS.index("7")
+    marks = [Mark(3, 2, (0, 0, 28, 14)), Mark(letter, 1, (42, 28, 49, 42)), Mark(5, 4, (200, 200, 220, 220))]
+    grid = paint(marks, (0, 0, 56, 56), (4, 4), len(CLASSES) - len(CHARACTERS)).reshape(4, 4, CHANNELS)
+    assert grid[0, :2, 0].tolist() == [3, 3]
+    assert grid[0, :2, 1].tolist() == [2, 2]
+    assert grid[2, 3].tolist() == [letter, 1, letter, CHARACTERS.index("7") + 1, 0]
+    assert np.count_nonzero(grid[:, :, 0]) == 3
+
+
+def test_drills_show_no_combination_kept_from_training(seed):
+    from huoyan_training.example import COLOURS, KINDS
+    from huoyan_training.splits import UNSEEN_COLOUR
+
+    rng = random.Random(seed)
+    for _ in range(5):
+        for mark in drills.draw_drill(rng).marks[0]:
+            name = CLASSES[mark.kind]
+            assert name not in KINDS or UNSEEN_COLOUR[name] != COLOURS[mark.colour]
+
+
+def test_pool_gives_back_what_was_put_in_also_after_wrapping(recorder, seed):
+    rng = random.Random(seed)
+    # Ids of its own tell each record, whatever was drawn; four deliveries of eight go twice around the pool.
+    made = [replace(recorder.record(rng, "exists"), ids=np.array([i])) for i in range(32)]
+    coming = iter(made)
+    workers = Workers(0, lambda *_: next(coming), {"exists": 1.0}, 0)
+    rows = 2 * 8 * max(len(record.patches) for record in made)
+    pool = Pool(rows, PIXELS, CHANNELS, torch.device("cpu"), 0)
+    for _ in range(4):
+        pool.add(workers.take(0), workers)
+    kept = pool.draw(6, 10**9, {"exists": 1.0})
+    patches, marks = pool.gather(kept)
+    expected = [made[int(k.record.ids[0])] for k in kept]
+    assert np.array_equal(patches.numpy(), np.concatenate([r.patches for r in expected]))
+    assert np.array_equal(marks.numpy(), np.concatenate([r.marks for r in expected]))
+
+
+def test_pool_keeps_pictures_and_questions_together_for_long(recorder, seed):
+    """Many times around, with examples of no patches between: what is drawn is what was put in."""
+    rng = random.Random(seed)
+    made = {}
+    spare = [recorder.record(rng, "exists") for _ in range(12)]
+    chat = [recorder.record(rng, "chat") for _ in range(3)]
+
+    def draw(_, family):
+        # Each record has pixels of its own and says which by its ids.
+        record = rng.choice(chat if rng.random() < 0.2 else spare)
+        marker = len(made)
+        patches = np.full_like(record.patches, marker % 251)
+        made[marker] = replace(record, patches=patches, ids=np.array([marker]))
+        return made[marker]
+
+    workers = Workers(0, draw, {"exists": 1.0}, 0)
+    # Room for two of the largest deliveries (of eight records), so that it wraps often.
+    rows = 16 * max(len(record.patches) for record in spare)
+    pool = Pool(rows, PIXELS, CHANNELS, torch.device("cpu"), seed)
+    for _ in range(60):
+        pool.add(workers.take(0), workers)
+        for kept in pool.draw(6, 10**9, dict.fromkeys(pool.families, 1.0)):
+            if kept.count:
+                patches, _ = pool.gather([kept])
+                assert (patches == int(kept.record.ids[0]) % 251).all()
+
+
+def test_worker_processes_deliver_whole_records(recorder):
+    workers = Workers(1, recorder.record, {"exists": 1.0, "chat": 1.0}, 7)
+    try:
+        delivery = workers.take(60)
+    finally:
+        workers.stop()
+    assert delivery is not None
+    assert not workers.failures
+    for record in delivery.records:
+        assert len(record.patches) == sum(r * c for r, c in record.grids)
+    assert sum(len(r.patches) for r in delivery.records) == len(delivery.patches)
+
+
+def test_orthogonalise_flattens_singular_values():
+    g = torch.Generator().manual_seed(0)
+    for shape in ((2, 64, 32), (1, 32, 96)):
+        values = torch.linalg.svdvals(orthogonalise(torch.randn(shape, generator=g)))
+        assert values.min() > 0.4
+        assert values.max() < 1.4
+
+
+def test_schedules():
+    assert learning_rate_scale(0, 0.0) < 0.05
+    assert learning_rate_scale(1000, 0.1) == 1.0
+    assert learning_rate_scale(1000, 1.0) == 0.0
+    weights = family_weights({"a": 0.5, "b": 0.5}, {"a": 0.99, "b": 0.4}, 0.5)
+    assert weights["b"] > 2 * weights["a"]
+    assert sum(weights.values()) == pytest.approx(1.0)
+
+
+def test_scores():
+    assert exact("The car is red.", "the car is red")
+    assert exact("有2辆汽车", "有2辆汽车。")
+    assert not exact('It says "Ab".', 'It says "AB".')
+    text = "There are two red cars on the left and a person in blue at the top. The background is grass."
+    assert facts(text, "en")["colour", "person", "blue"] == 1
+    assert score("describe", "en", text, text) == 1.0
+    assert 0.5 < score("describe", "en", text.replace("two red cars", "three red cars"), text) < 1.0
+    chinese = "左上角有两辆红色的汽车，右边有一个穿蓝色衣服的人，背景是草地。"
+    assert facts(chinese, "zh")["colour", "person", "blue"] == 1
+    assert facts(chinese, "zh")["count", "car", "2"] == 1
+    assert facts(chinese, "zh")["place", "top left"] == 1
+    assert facts(chinese, "zh")["backdrop", "grass"] == 1
+    assert score("describe", "zh", chinese.replace("红色", "绿色"), chinese) < 1.0
+
+
+@pytest.mark.parametrize("family", ["describe", "two", "motion", "word"])
+def test_a_perfect_model_scores_one_and_a_dumb_one_does_not(family, recorder, seed):
+    held = [recorder.held_out(seed + k, family, split) for k, split in enumerate(("heldout", "unseen"))]
+    right = evaluate(held, lambda prompted: [[a for _, a in h.turns] for h in held[: len(prompted)]])
+    for split in ("heldout", "unseen"):
+        assert all(row["accuracy"] == 1.0 for row in right[split].values())
+    wrong = evaluate(held, lambda prompted: [["" for _ in p.prompts] for p in prompted])
+    assert all(row["accuracy"] == 0.0 for row in wrong["heldout"].values())
+    from tiny_trainer.card import model_card
+
+    assert "demonstration model" in model_card(right)

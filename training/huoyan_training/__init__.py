@@ -1,0 +1,1 @@
+"""What the embedded demonstration model `tiny` learns from: drawings, questions and the tokenizer."""

@@ -1,0 +1,124 @@
+"""Muon for the matrices between layers, AdamW for the rest, on float32 masters of whatever the model runs in."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+_ADAM_NAMES = ("embed_tokens", "lm_head", "position_embedding", "query", "heads.")
+
+
+def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
+    """The nearest (semi-)orthogonal matrices, roughly: singular values near 1. g [N, rows, columns].
+
+    Newton-Schulz with the quintic of Jordan et al. (Muon).
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = g.to(torch.bfloat16) if g.is_cuda else g
+    tall = x.shape[1] > x.shape[2]
+    if tall:
+        x = x.mT
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.mT if tall else x).to(g.dtype)
+
+
+class Optimizer:
+    """Steps float32 masters and an average of them, and copies the masters into the model.
+
+    A parameter that stacks several of the checkpoint's matrices is orthogonalised piece by piece.
+    """
+
+    def __init__(
+        self,
+        named: Sequence[tuple[str, nn.Parameter, tuple[int, ...]]],
+        *,
+        matrix_lr: float,
+        adam_lr: float,
+        weight_decay: float = 0.01,
+        momentum: float = 0.95,
+        betas: tuple[float, float] = (0.9, 0.98),
+        average_decay: float = 0.995,
+        clip: float = 1.0,
+    ) -> None:
+        self.parameters = [p for _, p, _ in named]
+        self.masters = [p.detach().float().clone() for p in self.parameters]
+        self.averages = [m.clone() for m in self.masters]
+        self.average_decay = average_decay
+        self.matrix_lr, self.adam_lr, self.weight_decay = matrix_lr, adam_lr, weight_decay
+        self.momentum, self.betas, self.clip = momentum, betas, clip
+        self.step_count = 0
+        self.by_shape: dict[tuple[int, int], list[tuple[int, int, int]]] = defaultdict(list)
+        self.adam: list[int] = []
+        self.decayed: list[int] = []
+        for i, (name, p, splits) in enumerate(named):
+            if p.dim() == 2 and not any(part in name for part in _ADAM_NAMES):
+                start = 0
+                for rows in splits or (p.shape[0],):
+                    self.by_shape[rows, p.shape[1]].append((i, start, start + rows))
+                    start += rows
+                self.decayed.append(i)
+            else:
+                self.adam.append(i)
+        self.matrix = self.decayed
+        self.buffers = {i: torch.zeros_like(self.masters[i]) for i in self.matrix}
+        self.first = [torch.zeros_like(self.masters[i]) for i in self.adam]
+        self.second = [torch.zeros_like(self.masters[i]) for i in self.adam]
+
+    @torch.no_grad()
+    def step(self, scale: float) -> Tensor:
+        """One update at `scale` times the learning rates. Returns the gradient's norm, unclipped."""
+        self.step_count += 1
+        grads = [
+            torch.zeros_like(m) if p.grad is None else p.grad.float()
+            for p, m in zip(self.parameters, self.masters, strict=True)
+        ]
+        norm = torch.stack(torch._foreach_norm(grads)).norm()
+        # A step whose gradient is not finite counts as a gradient of zero instead of ending the run.
+        factor = torch.nan_to_num((self.clip / (norm + 1e-6)).clamp(max=1.0), nan=0.0)
+        grads = [g.nan_to_num_(0.0, 0.0, 0.0) for g in torch._foreach_mul(grads, factor)]
+        self._adam_step([grads[i] for i in self.adam], scale)
+        self._matrix_step(grads, scale)
+        torch._foreach_lerp_(self.averages, self.masters, 1 - min(self.average_decay, self.step_count / 20))
+        self.show_masters()
+        return norm
+
+    def _adam_step(self, grads: list[Tensor], scale: float) -> None:
+        beta1, beta2 = self.betas
+        torch._foreach_lerp_(self.first, grads, 1 - beta1)
+        torch._foreach_mul_(self.second, beta2)
+        torch._foreach_addcmul_(self.second, grads, grads, 1 - beta2)
+        denominator = torch._foreach_sqrt(self.second)
+        torch._foreach_div_(denominator, (1 - beta2**self.step_count) ** 0.5)
+        torch._foreach_add_(denominator, 1e-8)
+        rate = -self.adam_lr * scale / (1 - beta1**self.step_count)
+        torch._foreach_addcdiv_([self.masters[i] for i in self.adam], self.first, denominator, rate)
+
+    def _matrix_step(self, grads: list[Tensor], scale: float) -> None:
+        buffers = [self.buffers[i] for i in self.matrix]
+        of_matrix = [grads[i] for i in self.matrix]
+        torch._foreach_lerp_(buffers, of_matrix, 1 - self.momentum)
+        ahead = dict(zip(self.matrix, torch._foreach_lerp(of_matrix, buffers, self.momentum), strict=True))
+        rate = self.matrix_lr * scale
+        torch._foreach_mul_([self.masters[i] for i in self.decayed], 1 - rate * self.weight_decay)
+        for (rows, columns), pieces in self.by_shape.items():
+            update = orthogonalise(torch.stack([ahead[i][a:b] for i, a, b in pieces]))
+            # Entries of about 0.2, the size of Adam's steps, whatever the shape.
+            strength = -rate * 0.2 * max(rows, columns) ** 0.5
+            targets = [self.masters[i][a:b] for i, a, b in pieces]
+            torch._foreach_add_(targets, list(update.unbind()), alpha=strength)
+
+    @torch.no_grad()
+    def show_masters(self) -> None:
+        """Put the current weights into the model."""
+        torch._foreach_copy_([p.data for p in self.parameters], self.masters)
+
+    @torch.no_grad()
+    def show_averages(self) -> None:
+        """Put the averaged weights into the model (undo with `show_masters`)."""
+        torch._foreach_copy_([p.data for p in self.parameters], self.averages)

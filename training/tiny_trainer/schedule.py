@@ -1,0 +1,40 @@
+"""What changes while training goes on; `progress` runs from 0 to 1 by the clock."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+_WARM_STEPS = 100
+_FLAT_UNTIL = 0.35
+
+
+def learning_rate_scale(step: int, progress: float) -> float:
+    """Rises over the first steps, stays, and falls in a straight line to 0."""
+    warm = min(1.0, (step + 1) / _WARM_STEPS)
+    return warm * min(1.0, max(0.0, (1 - progress) / (1 - _FLAT_UNTIL)))
+
+
+def auxiliary_scale(progress: float) -> float:
+    """Seeing is taught first; in the end only answers count."""
+    return max(0.05, 1.0 - progress / 0.8)
+
+
+def family_weights(
+    base: Mapping[str, float], accuracy: Mapping[str, float], progress: float
+) -> dict[str, float]:
+    """Families that are answered badly come more often, the more so the later; sums to 1.
+
+    Args:
+        base: the generator's own weights.
+        accuracy: of the latest look at held-out examples; what has none (the drills) fades.
+    """
+    pull = min(1.0, progress / 0.3)
+    wanted = {}
+    for name, weight in base.items():
+        if name in accuracy:
+            weight *= 1.0 - pull + pull * (0.4 + 2.4 * min(1.0 - accuracy[name], 0.5))
+        elif accuracy:
+            weight *= 1.0 - 0.7 * progress
+        wanted[name] = weight
+    total = sum(wanted.values())
+    return {name: weight / total for name, weight in wanted.items()}
