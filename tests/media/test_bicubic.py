@@ -13,7 +13,9 @@ from huoyan.media.bicubic import bicubic_table, height_first
 
 
 def side(rng: np.random.Generator) -> int:
-    return int(rng.choice([1, int(rng.integers(1, 20)), int(rng.integers(1, 200)), int(rng.integers(1, 500))]))
+    return int(
+        rng.choice([1, int(rng.integers(1, 20)), int(rng.integers(1, 200)), int(rng.integers(1, 500))])
+    )
 
 
 def picture(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
@@ -71,7 +73,12 @@ def test_a_table_s_weights_add_up_to_one(seed: int) -> None:
 def test_the_order_of_the_sides_is_that_of_the_version() -> None:
     tall, strip = ((60, 60), (48, 35)), ((1, 300), (14, 70))
     assert [height_first(*tall, v) for v in ("11.3.0", "12.2.0", "13.0.0")] == [False, False, True]
-    assert [height_first(*strip, v) for v in ("10.4.0", "12.1.1", "12.2.0", "13.0.0")] == [False, False, True, True]
+    assert [height_first(*strip, v) for v in ("10.4.0", "12.1.1", "12.2.0", "13.0.0")] == [
+        False,
+        False,
+        True,
+        True,
+    ]
     assert not height_first((60, 60), (48, 36), "13.0.0")
     assert not height_first((1, 300), (14, 301), "13.0.0")
 

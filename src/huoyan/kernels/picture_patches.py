@@ -33,6 +33,10 @@ class Cut:
     def size(self) -> Size:
         return self.cell[0] * self.grid[0], self.cell[1] * self.grid[1]
 
+    @property
+    def num_cells(self) -> int:
+        return self.grid[0] * self.grid[1]
+
 
 def picture_patches_reference(
     pixels: Tensor, cut: Cut, patch_size: int, values: Tensor, first_rows: Tensor, out: Tensor
@@ -140,7 +144,13 @@ class ResizeTables:
 
 
 def picture_patches(
-    pixels: Tensor, cut: Cut, patch_size: int, values: Tensor, first_rows: Tensor, out: Tensor, tables: ResizeTables
+    pixels: Tensor,
+    cut: Cut,
+    patch_size: int,
+    values: Tensor,
+    first_rows: Tensor,
+    out: Tensor,
+    tables: ResizeTables,
 ) -> Tensor:
     """Resize pictures of one size, cut them and write their patches. Offsets are 32-bit: some 2 GB on the way at most.
 
@@ -161,11 +171,10 @@ def picture_patches(
         pixels = _resample(pixels, pictures * height, width, new_width, 3, tables)
         width = new_width
     first, weights = tables(width, new_width) if along_width else tables(height, new_height)
-    cells = cut.grid[0] * cut.grid[1]
     total = pictures * new_width * new_height * 3
     _patches_kernel[(triton.cdiv(total, _BLOCK),)](
         pixels, first, weights, values, first_rows, out, total, height, width, new_height, new_width,
-        cut.cell[1], cut.cell[0], cut.grid[0], cells, weights.shape[0],
+        cut.cell[1], cut.cell[0], cut.grid[0], cut.num_cells, weights.shape[0],
         ALONG_WIDTH=along_width, PATCH=patch_size, ROUND=1 << (PRECISION_BITS - 1), BITS=PRECISION_BITS, BLOCK=_BLOCK,
     )  # fmt: skip
     return out

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from huoyan.layers.packed_attention import to_device
 from huoyan.media.bicubic import PRECISION_BITS, BicubicTable, bicubic_table, height_first
 
 _MOST_PRODUCTS = 1 << 24
@@ -26,8 +27,7 @@ def resize_bicubic(pixels: Tensor, width: int, height: int) -> Tensor:
 
 def table_on_device(table: BicubicTable, device: torch.device) -> tuple[Tensor, Tensor]:
     """int32 first [out] and weights [taps, out], sent in one copy."""
-    host = torch.from_numpy(np.concatenate((table.first[None], table.weights)))
-    together = (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
+    together = to_device(torch.from_numpy(np.concatenate((table.first[None], table.weights))), device)
     return together[0], together[1:]
 
 
@@ -61,7 +61,7 @@ def _resample(pixels: Tensor, table: BicubicTable, side: int) -> Tensor:
     taps, size = weights.shape
     after = -side - 1
     trailing = (1,) * after
-    total = None
+    total: Tensor | None = None
     step = max(1, _MOST_PRODUCTS // max(1, pixels.numel() // (last + 1) * size))
     for k in range(0, taps, step):
         some = weights[k : k + step]
@@ -72,5 +72,5 @@ def _resample(pixels: Tensor, table: BicubicTable, side: int) -> Tensor:
         part = rows.sum(side - 1, dtype=torch.int32)
         total = part if total is None else total.add_(part)
     assert total is not None
-    rounded = total.add_(1 << (PRECISION_BITS - 1)).bitwise_right_shift_(PRECISION_BITS)
+    rounded: Tensor = total.add_(1 << (PRECISION_BITS - 1)).bitwise_right_shift_(PRECISION_BITS)
     return rounded.clamp_(0, 255).to(torch.uint8)
