@@ -55,6 +55,25 @@ def test_the_bytes_are_pillow_s(seed: int, device: torch.device) -> None:
             np.testing.assert_array_equal(rows, expected[ends[i] : ends[i + 1]], f"{width}x{height} {plan}")
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "size", [(1344, 896), (896, 1344), (1080, 2400), (4000, 3000), (640, 360), (5, 9000), (4500, 4500)]
+)
+def test_pictures_of_real_sizes(seed: int, device: torch.device, size: tuple[int, int]) -> None:
+    rng = np.random.default_rng(seed)
+    plan = plan_slices(size, SliceRules())
+    rgb = rng.integers(0, 256, (size[1], size[0], 3), np.uint8)
+    expected, grids = cut_patches(cut_slices(rgb, plan), PATCH)
+    starts = np.cumsum([0] + [rows * columns for rows, columns in grids[:-1]]).astype(np.int32)
+    first = torch.from_numpy(starts).to(device)
+    same = torch.arange(256, dtype=torch.uint8, device=device).repeat(3, 1)
+    out = torch.empty(expected.shape, dtype=torch.uint8, device=device)
+    pixels = torch.from_numpy(rgb[None]).to(device)
+    for cut, rows in zip(cuts(plan), (first[:1], first[1:]), strict=False):
+        picture_patches(pixels, cut, PATCH, same, rows.contiguous(), out, ResizeTables(device))
+    np.testing.assert_array_equal(out.cpu().numpy(), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_reference_says_the_same(seed: int, device: torch.device, dtype: torch.dtype) -> None:
     rng = np.random.default_rng(seed)
