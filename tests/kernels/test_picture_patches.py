@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -106,3 +111,33 @@ def test_normalised_bytes_are_what_normalise_gives(
     for channel in range(3):
         got = values[channel][pixels.view(5, 3, 49)[:, channel].long()]
         assert torch.equal(got, expected[:, channel])
+
+
+COMPILE = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+import triton
+from huoyan.kernels import picture_patches as kernels
+
+pointers = {"in_ptr": "*u8", "first_ptr": "*i32", "weights_ptr": "*i32", "rows_ptr": "*i32"}
+constants = {"ROUND": 1 << 21, "BITS": 22, "BLOCK": 1024}
+for kernel, out, more in (
+    (kernels._resample_kernel, "*u8", {}),
+    (kernels._patches_kernel, "*bf16", {"ALONG_WIDTH": True, "PATCH": 14}),
+    (kernels._patches_kernel, "*bf16", {"ALONG_WIDTH": False, "PATCH": 14}),
+):
+    values = {**constants, **more}
+    kinds = {**pointers, "out_ptr": out, "values_ptr": out, **dict.fromkeys(values, "constexpr")}
+    signature = {name: kinds.get(name, "i32") for name in kernel.arg_names}
+    places = {(kernel.arg_names.index(name),): value for name, value in values.items()}
+    compiled = triton.compile(ASTSource(kernel, signature, places), target=GPUTarget("cuda", 90, 32))
+    assert compiled.asm["cubin"]
+"""
+
+
+def test_they_compile_for_a_hopper_gpu_without_one(tmp_path: Path) -> None:
+    """The interpreter takes more than the compiler does."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]

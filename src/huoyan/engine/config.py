@@ -155,6 +155,7 @@ def _cuda_memory(
 
 def workspace_bytes(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> int:
     """What a step takes beside weights and cache, at most: activations, logits, encoder, picture cache."""
+    from huoyan.engine.encoder_graph import MOST_PATCHES
     from huoyan.kernels import picture_kernels_enabled
 
     text, vision = model.text, model.vision
@@ -164,8 +165,12 @@ def workspace_bytes(config: EngineConfig, model: ModelConfig, dtype: torch.dtype
     # A slice covers about scale_resolution², some 1024 patches of 14².
     patches = config.max_encoder_slices * 1100
     encoder = patches * (2 * vision.intermediate_size + 8 * vision.hidden_size) * dtype.itemsize
-    # Streams do not share what they have freed, so an encoder that runs beside decodes takes its own.
-    step = decoder + logits + encoder if picture_kernels_enabled() else max(decoder + logits, encoder)
+    if picture_kernels_enabled():
+        # Streams do not share what they have freed, so an encoder beside decodes takes its own, and its graphs too.
+        captured = 0 if config.enforce_eager else min(MOST_PATCHES, patches)
+        step = decoder + logits + encoder + encoder * captured // patches
+    else:
+        step = max(decoder + logits, encoder)
     return step + config.picture_cache_bytes + 256 * MIB
 
 
