@@ -68,9 +68,9 @@ class Stream:
             self.most_at_once = max(self.most_at_once, sum(p.left > 0 for p in self.running))
             return played.shown, played
 
-        def forwards(schedule: Schedule) -> Any:
+        def forwards(schedule: Schedule, *before: Any) -> Any:
             self.beside += bool(schedule.decodes) and any(p.left for p in self.running)
-            return forward(schedule)
+            return forward(schedule, *before)
 
         engine.runner.encoder.encode = encode  # type: ignore[method-assign]
         engine.runner.forward = forwards  # type: ignore[method-assign]
@@ -81,9 +81,11 @@ class Stream:
             played.left = max(played.left - 1, 0)
 
 
-def test_answers_are_the_plain_model_s_and_decodes_go_on(model: MiniCPMV, seed: int) -> None:
+@pytest.mark.parametrize("run_ahead", [False, True])
+def test_answers_are_the_plain_model_s_and_decodes_go_on(model: MiniCPMV, seed: int, run_ahead: bool) -> None:
     rng = random.Random(seed)
-    engine = Engine(model, EngineConfig(num_blocks=300, max_num_seqs=8, max_encoder_slices=4))
+    config = EngineConfig(num_blocks=300, max_num_seqs=8, max_encoder_slices=4, run_ahead=run_ahead)
+    engine = Engine(model, config)
     stream = Stream(engine, rng)
     requests = [request("text", words(rng, 6), greedy(60))]
     for i in range(8):
@@ -203,3 +205,18 @@ def test_graphs_are_captured_at_the_second_time_and_bounded() -> None:
     assert recorded.captured == [one, two, one]
     large = PackedGrids([(3, 7)])
     assert [run(large), run(large)] == [False, False]
+
+
+def test_what_cannot_be_captured_is_launched() -> None:
+    def capture(grids: PackedGrids) -> Any:
+        if len(grids) > 1:
+            raise RuntimeError("CUDA out of memory")
+        return Recorded()(grids)
+
+    graphs = EncoderGraphs(capture)
+    one, two = PackedGrids([(2, 2)]), PackedGrids([(2, 2), (2, 3)])
+    patches = torch.zeros(4, 1)
+    assert [graphs.run(patches, one) is None for _ in range(2)] == [True, False]
+    assert [graphs.run(patches, two) is None for _ in range(3)] == [True, True, True]
+    assert graphs.run(patches, one) is not None, "what was captured goes on"
+    assert graphs.num_captured == 1

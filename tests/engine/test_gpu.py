@@ -114,6 +114,7 @@ def test_embeddings_do_not_depend_on_the_path(
             ready.wait()
             for mine, theirs in zip(got, host.encode(batch)[0], strict=True):
                 torch.testing.assert_close(mine, theirs, rtol=NOISE[dtype] / 4, atol=NOISE[dtype] / 4)
+    assert not graphs or (device._graphs is not None and device._graphs.num_captured)
 
 
 def test_graphs_change_nothing(model: MiniCPMV, seed: int) -> None:

@@ -6,6 +6,7 @@ longer than they take the device. Large ones keep the device busy anyway and wou
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
@@ -17,6 +18,8 @@ from huoyan.models.siglip import PackedGrids
 
 if TYPE_CHECKING:
     from huoyan.models.minicpmv import MiniCPMV
+
+log = logging.getLogger(__name__)
 
 MOST_PATCHES = 4 * 1100
 """Of a batch that is captured: some four slices of the published size."""
@@ -37,7 +40,7 @@ class EncoderGraphs:
         most_patches: int = MOST_PATCHES,
         most_graphs: int = MOST_GRAPHS,
     ) -> None:
-        self._capture = capture
+        self._capture: Callable[[PackedGrids], Captured | None] = capture
         self._most_patches = most_patches
         self._most_graphs = most_graphs
         self._graphs: OrderedDict[PackedGrids, Captured | None] = OrderedDict()
@@ -52,11 +55,24 @@ class EncoderGraphs:
             while len(self._graphs) > self._most_graphs:
                 self._graphs.popitem(last=False)
             return None
+        self._graphs.move_to_end(grids)
         graph = self._graphs[grids]
         if graph is None:
-            graph = self._graphs[grids] = self._capture(grids)
-        self._graphs.move_to_end(grids)
-        return graph.replay(patches)
+            try:
+                graph = self._graphs[grids] = self._capture(grids)
+            except RuntimeError as error:
+                # Memory above all. What was captured goes on; nothing more is tried.
+                log.warning("the encoder is not captured as CUDA graphs: %s", str(error).splitlines()[0])
+                self._capture = _give_up
+        return None if graph is None else graph.replay(patches)
+
+    @property
+    def num_captured(self) -> int:
+        return sum(graph is not None for graph in self._graphs.values())
+
+
+def _give_up(grids: PackedGrids) -> None:
+    return None
 
 
 class CudaCapture:

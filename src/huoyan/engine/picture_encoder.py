@@ -7,6 +7,7 @@ stream of its own, so that decode steps go on meanwhile. Elsewhere the host has 
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from huoyan.models.patches import Grid
 
 
+log = logging.getLogger(__name__)
+
+
 class Ready(Protocol):
     """Tells when work on another stream is done (a `torch.cuda.Event`)."""
 
@@ -47,7 +51,10 @@ def resizes_on_device(model: MiniCPMV) -> bool:
         return False
     from huoyan.layers.bicubic import agrees_with_pillow
 
-    return agrees_with_pillow()
+    if not agrees_with_pillow():
+        log.warning("this Pillow resizes in a way of its own, so pictures are resized by it, on the host")
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -125,9 +132,9 @@ class PictureEncoder:
             packed = PackedGrids(grids[first : first + self._max_slices])
             some = patches[at : at + sum(packed.lengths)]
             at += len(some)
-            # Copied by `index_select` or `cat` before the next run.
             captured = self._graphs.run(some, packed) if self._graphs is not None else None
             if captured is not None and len(grids) > self._max_slices:
+                # One part alone is copied before the next run anyway.
                 captured = captured.clone()
             parts.append(self._model.encode_patches(some, packed) if captured is None else captured)
         return _joined(parts)

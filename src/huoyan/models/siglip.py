@@ -56,12 +56,13 @@ class PackedGrids(tuple[Grid, ...]):
 
 def position_ids(grids: Sequence[Grid], side: int) -> Tensor:
     """Rows of the position table for every patch of packed grids: [sum(rows * columns)]."""
-    return torch.cat(
-        [
-            (position_buckets(rows, side)[:, None] * side + position_buckets(columns, side)).flatten()
-            for rows, columns in grids
-        ]
-    )
+    return torch.cat([_grid_position_ids(grid, side) for grid in grids])
+
+
+@lru_cache(maxsize=512)
+def _grid_position_ids(grid: Grid, side: int) -> Tensor:
+    rows, columns = grid
+    return (position_buckets(rows, side)[:, None] * side + position_buckets(columns, side)).flatten()
 
 
 class Embeddings(nn.Module):
