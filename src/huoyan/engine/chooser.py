@@ -17,9 +17,10 @@ from huoyan.engine.sampler import (
 )
 from huoyan.engine.structured import GrammarCompiler, GrammarState
 from huoyan.engine.token_counts import TokenCounts
+from huoyan.planning.pieces import CHOICE_LOGITS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from torch import Tensor
 
@@ -90,15 +91,14 @@ class Chooser:
                 for _ in range(n)
             ]
             flat = [row for g in sampled for row in prepared[g]]
-            found = iter(sample(_pick(logits, index), flat))
+            found = (token for rows_, part in _pieces(logits, index, flat) for token in sample(rows_, part))
             for group in sampled:
                 out[group] = [next(found) for _ in prepared[group]]
         searches = [g for g in prepared if g.params.use_beam_search]
         if searches:
             index = [row for g in searches for row in rows[g]]
-            candidates = iter(
-                beam_candidates(_pick(logits, index), [r for g in searches for r in prepared[g]])
-            )
+            flat = [r for g in searches for r in prepared[g]]
+            candidates = (c for rows_, part in _pieces(logits, index, flat) for c in beam_candidates(rows_, part))
             for group in searches:
                 out[group] = [next(candidates) for _ in prepared[group]]
         return out
@@ -166,6 +166,15 @@ class Chooser:
                 grammar = self._compiled[group].fork()
             states[seq] = SequenceState(counts, grammar)
         return states[seq]
+
+
+def _pieces(
+    logits: Tensor, index: list[int], rows: list[SamplingRow]
+) -> Iterator[tuple[Tensor, list[SamplingRow]]]:
+    """Rows `index` of the logits with what belongs to each, a piece at a time."""
+    step = max(CHOICE_LOGITS // logits.shape[1], 1)
+    for first in range(0, len(index), step):
+        yield _pick(logits, index[first : first + step]), rows[first : first + step]
 
 
 def _pick(logits: Tensor, index: list[int]) -> Tensor:

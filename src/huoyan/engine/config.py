@@ -32,15 +32,21 @@ class EngineConfig:
     """Bytes of the KV cache. On a CPU $HUOYAN_CPU_KV_MB, else 1 GiB or two full
     contexts, whichever is more, and at most a quarter of the memory."""
     gpu_memory_utilization: float = 0.9
-    """On a GPU: the part of its memory that weights, cache and workspace may take together."""
+    """On a GPU: the part of its memory that may be in use, by this and by other processes."""
+    gpu_memory: int | None = None
+    """Bytes that weights, cache, workspace and the CUDA context may take together, instead of a part of the
+    card. On a CPU, too, no more is taken."""
     max_num_seqs: int = 128
     """Sequences that run at once (a beam search counts its width)."""
     max_num_batched_tokens: int = 2048
     """Tokens a step computes at most; longer prompts are computed in chunks."""
     max_encoder_slices: int = 32
     """Picture slices encoded at once."""
-    picture_cache_bytes: int = 256 * MIB
-    """Embeddings of recent pictures that are kept."""
+    max_slice_patches: int = 16 * 32 * 32
+    """Patches of one slice at most: what the media stage lets through of a strip (see `MAX_SLICE_GROWTH`)."""
+    picture_cache_bytes: int = 128 * MIB
+    """Embeddings of recent pictures that are kept, some 290 slices of the published model. A picture larger
+    than that, and of more than 64 slices, is refused."""
     enable_prefix_caching: bool = True
     """Keep computed blocks for later requests that begin alike."""
     enforce_eager: bool = False

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from huoyan.engine.noise import exponential
+from huoyan.planning.pieces import NOISE_LOGITS, SORTED_LOGITS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
 CANDIDATES = 256
 """Likeliest tokens of a row that are looked at first."""
 _SORT_ABOVE = 4096
-_MAX_NOISE = 1 << 17
-"""Tokens whose noise is made at once: what stays in a core's cache."""
 
 
 @dataclass
@@ -95,7 +94,7 @@ def draw(logits: Tensor, params: Sequence[SamplingParams], keys: Sequence[int]) 
 def _draw_plain(logits: Tensor, temperature: Tensor, keys: Tensor) -> Tensor:
     """From the whole vocabulary."""
     tokens = torch.arange(logits.shape[1], device=logits.device)
-    step = max(_MAX_NOISE // logits.shape[1], 1)
+    step = max(NOISE_LOGITS // logits.shape[1], 1)
     parts = []
     for first in range(0, len(logits), step):
         x = logits[first : first + step] / temperature[first : first + step]
@@ -122,6 +121,10 @@ def _draw_filtered(logits: Tensor, filters: Filters, keys: Tensor) -> Tensor:
 
 
 def _draw_sorted(x: Tensor, filters: Filters, keys: Tensor) -> Tensor:
+    step = max(SORTED_LOGITS // x.shape[1], 1)
+    if len(x) > step:
+        pieces = torch.arange(len(x), device=x.device).split(step)
+        return torch.cat([_draw_sorted(x[rows], filters.rows(rows), keys[rows]) for rows in pieces])
     values, ids = x.sort(descending=True)
     return _pick(values, ids, _floor(values, x, filters), keys)
 

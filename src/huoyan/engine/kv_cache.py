@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from huoyan.planning.pieces import COPIED_BLOCKS
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -59,9 +61,11 @@ class KVCache:
         """Copy whole blocks (source, destination) in all layers. No destination may be a source."""
         if not pairs:
             return
-        sources, targets = (torch.tensor(side, device=self.keys.device) for side in zip(*pairs, strict=True))
-        for cache in (self.keys, self.values):
-            cache.index_copy_(1, targets, cache.index_select(1, sources))
+        for first in range(0, len(pairs), COPIED_BLOCKS):
+            part = zip(*pairs[first : first + COPIED_BLOCKS], strict=True)
+            sources, targets = (torch.tensor(side, device=self.keys.device) for side in part)
+            for cache in (self.keys, self.values):
+                cache.index_copy_(1, targets, cache.index_select(1, sources))
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

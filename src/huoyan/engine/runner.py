@@ -15,6 +15,7 @@ from huoyan.kernels import decode_kernels_enabled
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from huoyan.engine.decode_graph import DecodeGraphs
@@ -54,6 +55,7 @@ class Runner:
         cache: KVCache,
         pictures: PictureCache,
         max_encoder_slices: int,
+        max_encoder_patches: int,
         *,
         graphs: DecodeGraphs | None = None,
     ) -> None:
@@ -62,6 +64,7 @@ class Runner:
         self.cache = cache
         self.pictures = pictures
         self.max_encoder_slices = max_encoder_slices
+        self.max_encoder_patches = max_encoder_patches
         self.device = cache.keys.device
         self._fused = has_fused_attention(model)
         self._graphs = graphs
@@ -73,15 +76,14 @@ class Runner:
     def encode(self, pictures: Sequence[PreparedPicture]) -> dict[bytes, Exception]:
         """Encode pictures into the cache, several at once. Returns those that failed, by key."""
         failed: dict[bytes, Exception] = {}
-        for together in self._split(pictures):
-            try:
-                self._encode(together)
-            except Exception as error:  # noqa: PERF203
-                if len(together) == 1:
-                    failed[together[0].key] = error
-                    continue
+        try:
+            self._encode(pictures)
+        except Exception as error:
+            if len(pictures) == 1:
+                failed[pictures[0].key] = error
+            else:
                 # One bad picture must not take the others with it.
-                for picture in together:
+                for picture in pictures:
                     try:
                         self._encode([picture])
                     except Exception as own_error:  # noqa: PERF203
@@ -128,30 +130,38 @@ class Runner:
             self.cache, batch, StepTensors(batch, self.device), table, text.num_attention_heads
         )
 
-    def _split(self, pictures: Sequence[PreparedPicture]) -> list[list[PreparedPicture]]:
-        parts: list[list[PreparedPicture]] = []
-        room = 0
-        for picture in pictures:
-            if len(picture.slices) > room:
-                parts.append([])
-                room = self.max_encoder_slices
-            parts[-1].append(picture)
-            room -= len(picture.slices)
-        return parts
-
-    def _encode(self, pictures: list[PreparedPicture]) -> None:
+    def _encode(self, pictures: Sequence[PreparedPicture]) -> None:
+        """Encode in passes that fit the workspace; a pass may end inside a picture."""
         slices = [piece for picture in pictures for piece in picture.slices]
-        # A picture of more slices than the limit goes in parts of its own.
-        step = self.max_encoder_slices
-        parts = [self.model.encode_slices(slices[i : i + step]) for i in range(0, len(slices), step)]
-        embeddings = parts[0] if len(parts) == 1 else torch.cat(parts)
-        first = 0
-        for picture in pictures:
-            last = first + len(picture.slices)
-            # A copy, so that dropping one picture frees its memory.
-            own = embeddings if len(pictures) == 1 else embeddings[first:last].clone()
-            self.pictures.put(picture.key, own)
-            first = last
+        sizes = (self.model.config.query_num, self.model.config.text.hidden_size)
+        # Each has memory of its own, so that dropping one picture frees it.
+        own = [
+            torch.empty(len(picture.slices), *sizes, dtype=self.model.dtype, device=self.device)
+            for picture in pictures
+        ]
+        places = [place for embeddings in own for place in embeddings]
+        for first, last in self._passes(slices):
+            for place, embeddings in zip(
+                places[first:last], self.model.encode_slices(slices[first:last]), strict=True
+            ):
+                place.copy_(embeddings)
+        for picture, embeddings in zip(pictures, own, strict=True):
+            self.pictures.put(picture.key, embeddings)
+
+    def _passes(self, slices: Sequence[NDArray[np.uint8]]) -> list[tuple[int, int]]:
+        """Runs (first, last) of as many slices, and patches, as are encoded at once."""
+        side = self.model.config.vision.patch_size
+        passes: list[tuple[int, int]] = []
+        room = patches_left = 0
+        for i, piece in enumerate(slices):
+            patches = (piece.shape[0] // side) * (piece.shape[1] // side)
+            if not room or patches > patches_left:
+                passes.append((i, i))
+                room, patches_left = self.max_encoder_slices, self.max_encoder_patches
+            passes[-1] = (passes[-1][0], i + 1)
+            room -= 1
+            patches_left -= patches
+        return passes
 
     def _place_pictures(self, batch: Batch, x: Tensor) -> None:
         """Overwrite the placeholder rows of `x: [T, hidden]` with the rows of the slices they stand for."""
