@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from huoyan.engine.kv_format import KV_CACHE_DTYPES, kv_bytes_per_token, unknown_kv_cache_dtype
 from huoyan.errors import CapacityError, InputError
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ class EngineConfig:
     contexts, whichever is more, and at most a quarter of the memory."""
     gpu_memory_utilization: float = 0.9
     """On a GPU: the part of its memory that weights, cache and workspace may take together."""
+    kv_cache_dtype: str = "auto"
+    """auto keeps the model's dtype; int8, fp8 (fp8_e4m3) and fp8_e5m2 take half of it (see `kv_format`)."""
     max_num_seqs: int = 128
     """Sequences that run at once (a beam search counts its width)."""
     max_num_batched_tokens: int = 2048
@@ -58,6 +61,8 @@ class EngineConfig:
             raise InputError(
                 f"gpu_memory_utilization is {self.gpu_memory_utilization}: give a part, above 0 and up to 1"
             )
+        if self.kv_cache_dtype not in KV_CACHE_DTYPES:
+            raise InputError(unknown_kv_cache_dtype(self.kv_cache_dtype))
         if self.picture_cache_bytes < 0:
             raise InputError(f"picture_cache_bytes is {self.picture_cache_bytes}: use 0 to keep nothing")
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -89,8 +94,6 @@ def size_cache(
         InputError: a longer context than the checkpoint's.
         CapacityError: the memory does not hold the context that was asked for, or no context at all.
     """
-    from huoyan.engine.kv_cache import KVCache
-
     text = model.text
     limit = text.max_position_embeddings
     if config.max_model_len is not None and config.max_model_len > limit:
@@ -98,9 +101,7 @@ def size_cache(
             f"max_model_len is {config.max_model_len}, but the checkpoint was made for {limit} tokens"
         )
     max_model_len = config.max_model_len or limit
-    bytes_per_block = KVCache.bytes_per_block(
-        text.num_hidden_layers, config.block_size, text.num_key_value_heads, text.head_dim, dtype
-    )
+    bytes_per_block = config.block_size * kv_bytes_per_token(text, dtype.itemsize, config.kv_cache_dtype)
     # More than every sequence at full length could never be used.
     useful = config.max_num_seqs * -(-max_model_len // config.block_size)
     if config.num_blocks is not None:
