@@ -153,7 +153,8 @@ def attend_folded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     group = q.shape[1] // kv_heads
     rows = q.unflatten(1, (kv_heads, group)).flatten(2, 3)
     out = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask.repeat(group, 1))
-    return out.unflatten(2, (group, -1)).flatten(1, 2)
+    apart: Tensor = out.unflatten(2, (group, -1))
+    return apart.flatten(1, 2)
 
 
 def _buckets(batch: Batch, tables: Tensor, block_size: int, dtype: torch.dtype) -> list[_DecodeBucket]:

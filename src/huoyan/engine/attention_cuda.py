@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 from functools import lru_cache
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -53,7 +53,8 @@ class CudaAttention:
         self._heads = heads
         self._decodes = batch.num_decodes
         self._prefills = [
-            _PrefillPlan(cache, batch, first, last) for first, last in prefill_groups(batch, batch.num_decodes)
+            _PrefillPlan(cache, batch, first, last)
+            for first, last in prefill_groups(batch, batch.num_decodes)
         ]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -135,7 +136,7 @@ class _PrefillPlan:
         else:
             k, v = (cache.flatten(0, 1).index_select(0, self.slots) for cache in (keys, values))
         group = heads // kv_heads
-        grouped: dict[str, bool] = {}
+        grouped: dict[str, Any] = {}
         if group > 1 and grouped_heads():
             k, v, grouped = k.contiguous(), v.contiguous(), {"enable_gqa": True}
         else:

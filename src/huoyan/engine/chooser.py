@@ -98,7 +98,9 @@ class Chooser:
         if searches:
             index = [row for g in searches for row in rows[g]]
             flat = [r for g in searches for r in prepared[g]]
-            candidates = (c for rows_, part in _pieces(logits, index, flat) for c in beam_candidates(rows_, part))
+            candidates = (
+                c for rows_, part in _pieces(logits, index, flat) for c in beam_candidates(rows_, part)
+            )
             for group in searches:
                 out[group] = [next(candidates) for _ in prepared[group]]
         return out

@@ -12,16 +12,19 @@ from huoyan.engine.answer import Answer, AnswerText, ChosenToken, StopRules
 from huoyan.engine.beam import BeamSearch
 from huoyan.engine.block_pool import BlockPool
 from huoyan.engine.chooser import Chooser
-from huoyan.engine.config import CacheSize, EngineConfig, size_cache
+from huoyan.engine.config import EngineConfig
 from huoyan.engine.kv_cache import KVCache
 from huoyan.engine.output import request_output, shown_answers
 from huoyan.engine.picture_cache import PictureCache
 from huoyan.engine.prompt_logprobs import prompt_logprobs
 from huoyan.engine.runner import ForwardOutput, Runner, has_fused_attention
 from huoyan.engine.scheduler import Scheduler
+from huoyan.engine.sizing import CacheSize, limit_torch, release_torch, size_cache
 from huoyan.engine.stats import EngineStats
 from huoyan.errors import HuoyanError, InputError
 from huoyan.layers.linear import lay_out_for_cpu
+from huoyan.planning.memory import slice_bytes
+from huoyan.planning.pieces import PICTURE_SLICES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -59,7 +62,8 @@ class Engine:
             CapacityError: the memory does not hold the context.
         """
         self.config = config or EngineConfig()
-        self.size: CacheSize = size_cache(self.config, model.config, model.dtype, model.device)
+        self.size: CacheSize = size_cache(self.config, model)
+        limit_torch(self.size, model.device)
         text = model.config.text
         lay_out_for_cpu(model)
         self.model = model
@@ -69,7 +73,7 @@ class Engine:
         self._tokenizer = tokenizer
         self.pool = BlockPool(self.size.num_blocks, self.config.block_size, self.config.enable_prefix_caching)
         self.pictures = PictureCache(
-            self.config.picture_cache_bytes, model.config.query_num * text.hidden_size * model.dtype.itemsize
+            self.config.picture_cache_bytes, slice_bytes(model.config, model.dtype.itemsize)
         )
         self.scheduler = Scheduler(
             self.pool,
@@ -93,7 +97,14 @@ class Engine:
             from huoyan.engine.decode_graph import DecodeGraphs
 
             graphs = DecodeGraphs(model, cache, self.config.max_num_seqs, self.size.max_model_len)
-        self.runner = Runner(model, cache, self.pictures, self.config.max_encoder_slices, graphs=graphs)
+        self.runner = Runner(
+            model,
+            cache,
+            self.pictures,
+            self.config.max_encoder_slices,
+            self.size.limits.encoder_patches,
+            graphs=graphs,
+        )
         stops = frozenset(self._stop_token_ids) | (
             {eos_token_id} if eos_token_id is not None else frozenset()
         )
@@ -166,7 +177,9 @@ class Engine:
             self.abort_request(request_id)
         self._ended.clear()
         self.pictures.clear()
+        device = self.model.device
         del self.runner, self.model
+        release_torch(self.size, device)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -312,11 +325,24 @@ class Engine:
                 f"the prompt has places for {len(prompt.slots)} pictures, but {len(request.pictures)} came"
             )
         query_num = self.model.config.query_num
+        side = self.model.config.vision.patch_size
+        most_slices = max(self.pictures.capacity_bytes // self.pictures.bytes_per_slice, PICTURE_SLICES)
         for picture, slot in zip(request.pictures, prompt.slots, strict=True):
             if not 0 < len(picture.slices) == len(slot.offsets) or slot.length != query_num:
                 raise InputError(
                     f"a picture of {len(picture.slices)} slices of {query_num} embeddings does not fit its "
                     f"place in the prompt ({len(slot.offsets)} runs of {slot.length} tokens)"
+                )
+            if len(picture.slices) > most_slices:
+                raise InputError(
+                    f"a picture has {len(picture.slices)} slices, and {most_slices} of one picture have room: lower "
+                    "max_slice_nums"
+                )
+            largest = max((s.shape[0] // side) * (s.shape[1] // side) for s in picture.slices)
+            if largest > self.config.max_slice_patches:
+                raise InputError(
+                    f"a slice of a picture has {largest} patches, and {self.config.max_slice_patches} have room: "
+                    "cut the picture into pieces"
                 )
             if any(not 0 <= o <= len(prompt.token_ids) - slot.length for o in slot.offsets):
                 raise InputError("a picture's place lies outside of the prompt")

@@ -40,13 +40,6 @@ class KVCache:
         self._layers = [(self.keys[i], self.values[i]) for i in range(num_layers)]
         self._rows = [(keys.flatten(0, 1), values.flatten(0, 1)) for keys, values in self._layers]
 
-    @staticmethod
-    def bytes_per_block(
-        num_layers: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype
-    ) -> int:
-        """Bytes of one block over all layers, keys and values."""
-        return 2 * num_layers * block_size * kv_heads * head_dim * dtype.itemsize
-
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer, each [num_blocks, block_size, kv_heads, head_dim]."""
         return self._layers[index]

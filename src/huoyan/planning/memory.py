@@ -1,14 +1,15 @@
-"""The memory of a running engine in parts, and what is left for the KV cache: `huoyan plan` shows it, the engine obeys."""
+"""A running engine's memory in parts, and what is left for the KV cache: `huoyan plan` shows it, the engine obeys."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING
 
+from huoyan.engine.kv_format import kv_bytes_per_token
 from huoyan.planning.allocator import reserved_bytes
-from huoyan.planning.kv import kv_bytes_per_token
+from huoyan.planning.graphs import graph_sizes
 from huoyan.planning.pieces import PICTURE_SLICES
 from huoyan.planning.sizes import MIB
 from huoyan.planning.weights import INT4_GROUP, Weights, weights
@@ -72,11 +73,15 @@ def memory(
     shapes: Mapping[str, Shape],
     *,
     int4: bool | None = None,
-    kv_dtype: str = "auto",
+    kv_dtype: str | None = None,
 ) -> Memory:
-    """The parts of an engine of these options. `shapes` and `int4` as for `weights`; `way.int4` is set to fit."""
+    """The parts of an engine of these options.
+
+    `shapes` and `int4` are as for `weights`; `kv_dtype` takes the place of the options' own.
+    """
+    kv_dtype = kv_dtype or engine.kv_cache_dtype
     found = weights(config, shapes, way.itemsize, int4=int4)
-    way = way_of(way, found)
+    way = replace(way_of(way, found), kv8=kv_dtype != "auto")
     limits = limits_of(config, engine, way)
     space = workspace(config, way, limits)
     pictures = picture_bytes(config, engine, way)
@@ -98,8 +103,6 @@ def memory(
 
 def way_of(way: Way, found: Weights) -> Way:
     """`way` with the packing that these weights have where nothing says so."""
-    from dataclasses import replace
-
     if not found.int4:
         return replace(way, int4=None)
     return way if way.int4 else replace(way, int4="words" if way.kernels else "bytes")
@@ -133,15 +136,13 @@ def slice_bytes(config: ModelConfig, itemsize: int) -> int:
 
 def graph_bytes(config: ModelConfig, engine: EngineConfig, way: Way, limits: Limits) -> int:
     """CUDA graphs of decode steps: their logits, the memory they share, and the driver's own."""
-    from dataclasses import replace
-
-    from huoyan.planning.graphs import graph_sizes
-
     if not way.kernels or engine.enforce_eager:
         return 0
     sizes = graph_sizes(limits.seqs)
     rows = sizes[-1]
-    small = workspace(config, way, replace(limits, tokens=rows, seqs=rows, encoder_patches=0, encoder_slices=0))
+    small = workspace(
+        config, way, replace(limits, tokens=rows, seqs=rows, encoder_patches=0, encoder_slices=0)
+    )
     logits = 4 * rows * config.text.vocab_size
     return logits + max(small.decoder, small.logits) + GRAPH_DRIVER * len(sizes)
 

@@ -8,9 +8,9 @@ DENSE_VALUES = 1 << 24
 """Values of an int4 matrix that are dequantized."""
 PROMPT_LOGITS = 1 << 24
 """Logits of a prompt's own tokens (64 MiB in float32)."""
-CHOICE_LOGITS = 1 << 23
+CHOICE_LOGITS = 1 << 22
 """Logits that tokens are chosen from: filters and grammars take some thirty bytes for each."""
-SORTED_LOGITS = 1 << 21
+SORTED_LOGITS = 1 << 20
 """Logits that are sorted: some seventy bytes for each."""
 NOISE_LOGITS = 1 << 17
 """Logits that noise is made for: what stays in a core's cache."""

@@ -51,7 +51,9 @@ def _encoder(config: ModelConfig) -> dict[str, Shape]:
     }
     for i in range(vision.num_encoder_layers):
         layer = f"vpm.encoder.layers.{i}"
-        matrices = {f"self_attn.{name}": (width, width) for name in ("q_proj", "k_proj", "v_proj", "out_proj")}
+        matrices = {
+            f"self_attn.{name}": (width, width) for name in ("q_proj", "k_proj", "v_proj", "out_proj")
+        }
         matrices["mlp.fc1"] = (vision.intermediate_size, width)
         matrices["mlp.fc2"] = (width, vision.intermediate_size)
         for name, shape in matrices.items():

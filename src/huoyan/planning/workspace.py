@@ -11,6 +11,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from huoyan.planning.pieces import (
+    CHOICE_LOGITS,
+    DENSE_VALUES,
+    GATHER_TOKENS,
+    MASK_VALUES,
+    NOISE_LOGITS,
+    PROMPT_LOGITS,
+    SORTED_LOGITS,
+)
 from huoyan.planning.sizes import MIB
 
 if TYPE_CHECKING:
@@ -37,6 +46,8 @@ class Way:
     """torch's packed attention takes grouped heads."""
     int4: str | None = None
     """How int4 matrices are packed: "bytes", "words", "cpu"; None where there are none."""
+    kv8: bool = False
+    """The KV cache has 8 bits a number: what is read of it is written out in the model's dtype."""
     threads: int = 1
     """Of a CPU; its attention has a buffer for each."""
 
@@ -93,10 +104,15 @@ def with_encoder_passes(config: ModelConfig, way: Way, limits: Limits, slice_pat
     `slice_patches`: of the largest slice that may come, which is always encoded whole.
     """
     rest = workspace(config, way, replace(limits, encoder_patches=0, encoder_slices=0)).peak
-    fixed = encoder(config, way, 0, limits.encoder_slices)
-    each = encoder(config, way, 1 << 16, limits.encoder_slices) - fixed
-    patches = max((rest - fixed) * (1 << 16) // each, slice_patches)
-    return replace(limits, encoder_patches=patches)
+    # The embeddings of a pass's slices count with however few patches; what they leave is for more patches.
+    low, high = slice_patches, max(slice_patches, 1 << 24)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if encoder(config, way, middle, limits.encoder_slices) <= rest:
+            low = middle
+        else:
+            high = middle - 1
+    return replace(limits, encoder_patches=low)
 
 
 def encoder(config: ModelConfig, way: Way, patches: int, slices: int) -> int:
@@ -115,24 +131,24 @@ def encoder(config: ModelConfig, way: Way, patches: int, slices: int) -> int:
         # The layer's x, x after attention, its norm, the MLP's two widths; later its answer and the sum.
         max(3 * C + 2 * M, 5 * C + M) * e,
         # x; keys and values before or after their projection, one of them in both forms.
-        (C + 3 * width) * e,
-        (2 * C + 2 * width) * e,
+        max(C + 3 * width, 2 * C + 2 * width) * e,
     ]
     queries = slices * config.query_num
-    # Queries, answers, their projections and norm, and the embeddings before and after they are put in order.
-    answers = queries * width * e * 5 + 4 * queries * config.resampler_heads
-    return patches * (held + max(moments)) + answers + _flash(way, max(vision.head_dim, 128)) + MIB // 4
+    # x, keys and values; queries, a run's answer, all answers; their projections, norm, and the embeddings before
+    # and after they are put in order.
+    answers = patches * (C + 2 * width) * e + queries * (width * e * 4 + 4 * config.resampler_heads)
+    tiles = _flash(way, max(vision.head_dim, 128))
+    return patches * held + max(patches * max(moments), answers) + tiles + MIB // 4
 
 
 def _kept(config: ModelConfig, way: Way, limits: Limits) -> int:
     """Gathered keys and values of the plain attention (`engine.attention.Workspace`)."""
     if way.kernels:
         return 0
-    from huoyan.planning.pieces import GATHER_TOKENS
-
     blocks = max(_blocks(limits), GATHER_TOKENS // limits.block_size)
-    # Buffers grow: while a larger one is made the smaller one is still there only if it is a view's.
-    return 2 * blocks * limits.block_size * _widths(config)[1] * way.itemsize
+    values = blocks * limits.block_size * _widths(config)[1]
+    # Keys and values; of 8 bits also as they are stored, with scales.
+    return values * (2 * way.itemsize + (2 if way.kv8 else 0))
 
 
 def _decoder(config: ModelConfig, way: Way, limits: Limits) -> int:
@@ -153,6 +169,9 @@ def _decoder(config: ModelConfig, way: Way, limits: Limits) -> int:
         # q k v, rotated, keys and values as they are written, the answers in parts and joined.
         attention = T * ((A + 2 * K) + (A + K) + 2 * K + 2 * A) * e + _plain_attention(config, way, limits)
         attention = max(attention, rope)
+    if way.kv8:
+        # Stored and read again, in float32 in between.
+        attention += T * 2 * K * 12
     o_proj = T * ((A + 2 * K) + (A + K) + A + H) * e + _int4(way, T, H, A)
     gate_up = T * 2 * I * e + _int4(way, T, 2 * I, H)
     silu = T * (3 if way.cuda else 4) * I * e
@@ -163,8 +182,6 @@ def _decoder(config: ModelConfig, way: Way, limits: Limits) -> int:
 
 def _plain_attention(config: ModelConfig, way: Way, limits: Limits) -> int:
     """Masks, and what torch's own attention makes, in `engine.attention.PagedAttention`."""
-    from huoyan.planning.pieces import MASK_VALUES
-
     text, e = config.text, way.itemsize
     # True or false, and again in the dtype that is added; on CUDA once more, aligned.
     values = min(MASK_VALUES, limits.tokens * limits.context)
@@ -179,8 +196,6 @@ def _plain_attention(config: ModelConfig, way: Way, limits: Limits) -> int:
 
 def _packed(config: ModelConfig, way: Way, limits: Limits) -> int:
     """Keys and values of earlier tokens, gathered for packed prefill; partial sums of split decodes."""
-    from huoyan.planning.pieces import GATHER_TOKENS
-
     text = config.text
     A, K = _widths(config)
     tokens = max(limits.context, GATHER_TOKENS)
@@ -196,7 +211,6 @@ def _logits(config: ModelConfig, way: Way, limits: Limits) -> tuple[int, int]:
     values = limits.seqs * text.vocab_size
     made = values * (4 if e == 4 else 4 + e)
     rows = limits.seqs * text.hidden_size * e
-    from huoyan.planning.pieces import CHOICE_LOGITS, NOISE_LOGITS, SORTED_LOGITS
 
     def at_once(most: int) -> int:
         return min(values, max(most, text.vocab_size))
@@ -211,18 +225,15 @@ def _logits(config: ModelConfig, way: Way, limits: Limits) -> tuple[int, int]:
 
 def _prompt_logprobs(config: ModelConfig, way: Way, limits: Limits) -> int:
     """Their logits a piece at a time, beside the hidden states and the step's own logits."""
-    from huoyan.planning.pieces import PROMPT_LOGITS
-
     text, e = config.text, way.itemsize
     hidden = limits.tokens * text.hidden_size * e
     piece = min(limits.tokens * text.vocab_size, max(PROMPT_LOGITS, text.vocab_size))
-    return hidden + 4 * limits.seqs * text.vocab_size + piece * (9 + e) + MIB // 4
+    # Their log-probabilities, which are above the token's own, and those counted in int64; or the logits, twice.
+    return hidden + 4 * limits.seqs * text.vocab_size + piece * (13 + e) + MIB // 4
 
 
 def _int4(way: Way, rows: int, out: int, width: int) -> int:
     """A part of an int4 matrix in the model's dtype, and the part of the product that it gives."""
-    from huoyan.planning.pieces import DENSE_VALUES
-
     if way.int4 in (None, "cpu"):
         return 0
     part = min(out, max(DENSE_VALUES // width, 1))
