@@ -41,9 +41,13 @@ class ForwardOutput:
 
 def has_fused_attention(model: MiniCPMV) -> bool:
     """Whether our kernels and torch's packed flash attention serve this model where it lies."""
-    sixteen_bits = model.dtype in (torch.float16, torch.bfloat16)
-    fits = model.device.type == "cuda" and sixteen_bits and model.config.text.head_dim % 8 == 0
-    return fits and decode_kernels_enabled()
+    return fuses_attention(model.device, model.dtype, model.config.text.head_dim)
+
+
+def fuses_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """The same of a model that is not there yet."""
+    sixteen_bits = dtype in (torch.float16, torch.bfloat16)
+    return device.type == "cuda" and sixteen_bits and head_dim % 8 == 0 and decode_kernels_enabled()
 
 
 class Runner:

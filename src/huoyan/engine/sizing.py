@@ -11,15 +11,18 @@ from huoyan.engine.kv_format import kv_bytes_per_token
 from huoyan.errors import CapacityError, InputError
 from huoyan.planning.advice import what_fits
 from huoyan.planning.budget import Budget, CardState, card_budget, host_budget
-from huoyan.planning.memory import GRAPH_DRIVER, graph_bytes, limits_of, picture_bytes, slack_bytes
 from huoyan.planning.graphs import graph_sizes
+from huoyan.planning.memory import GRAPH_DRIVER, graph_bytes, limits_of, picture_bytes, slack_bytes, way_of
+from huoyan.planning.shapes import published_shapes
 from huoyan.planning.sizes import GIB, MIB, gib
+from huoyan.planning.weights import weights as bytes_of_weights
 from huoyan.planning.workspace import Limits, Way, workspace
 
 if TYPE_CHECKING:
     import torch
 
     from huoyan.engine.config import EngineConfig
+    from huoyan.models.checkpoint import Checkpoint
     from huoyan.models.config import ModelConfig
     from huoyan.models.minicpmv import MiniCPMV
 
@@ -176,22 +179,41 @@ def tensor_bytes(model: MiniCPMV) -> int:
 
 
 def check_before_loading(
-    config: EngineConfig, sizes: ModelConfig, weights: int, way: Way, device: torch.device
+    config: EngineConfig, checkpoint: Checkpoint, device: torch.device, dtype: str, *, dummy: bool = False
 ) -> None:
     """Refuse weights that cannot fit before gigabytes of them are read.
-
-    `weights`: their bytes on the device.
 
     Raises:
         CapacityError: they are too many for what the engine was told; the line says what would fit.
     """
+    from huoyan.engine.runner import fuses_attention
+    from huoyan.models.weights import resolve_dtype
+
+    if device.type != "cuda" and config.gpu_memory is None:
+        return
+    sizes = checkpoint.config
+    wanted = resolve_dtype(dtype, checkpoint, device)
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    awq = (sizes.quantization or {}).get("quant_method") == "awq"
+    found = bytes_of_weights(
+        sizes, shapes or published_shapes(sizes), wanted.itemsize, int4=True if dummy and awq else None
+    )
+    weights = found.total
+    way = way_of(
+        Way(
+            itemsize=wanted.itemsize,
+            cuda=device.type == "cuda",
+            kernels=fuses_attention(device, wanted, sizes.text.head_dim),
+            kv8=config.kv_cache_dtype != "auto",
+        ),
+        found,
+    )
     beside, _ = beside_weights(config, sizes, way, limits_of(sizes, config, way))
     if device.type == "cuda":
         budget = card_budget(card_state(device), config.gpu_memory_utilization, config.gpu_memory, beside)
-    elif config.gpu_memory is not None:
-        budget = host_budget(config.gpu_memory, 0, beside)
     else:
-        return
+        assert config.gpu_memory is not None
+        budget = host_budget(config.gpu_memory, 0, beside)
     block = config.block_size * kv_bytes_per_token(sizes.text, way.itemsize, config.kv_cache_dtype)
     if budget.kv - weights >= block:
         return

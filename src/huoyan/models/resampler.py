@@ -63,8 +63,8 @@ class CrossAttention(nn.Module):
     def project(self, which: int, x: Tensor) -> Tensor:
         """Queries (0), keys (1) or values (2) of x [rows, width]: [rows, heads, head_dim]."""
         weight, bias = self.in_proj_weight.chunk(3)[which], self.in_proj_bias.chunk(3)[which]
-        projected: Tensor = nn.functional.linear(x, weight, bias)
-        return projected.unflatten(-1, (self.heads, -1))
+        heads: Tensor = nn.functional.linear(x, weight, bias).unflatten(-1, (self.heads, -1))
+        return heads
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, k_lengths: Sequence[int]) -> Tensor:
         """Of projected q [queries, heads, head_dim], the same for every slice, and k, v [sum(k_lengths), …].

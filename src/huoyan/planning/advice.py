@@ -57,8 +57,9 @@ def what_fits(config: ModelConfig, engine: EngineConfig, way: Way, budget: int, 
         found.append(f"{less} fit with max_model_len={tokens(few, int4)}")
     if not int4:
         for options, how in ((shorter, ""), (few, f" with {less}")):
-            longest = tokens(options, True)
-            if longest >= max(asked, useful):
+            longer = tokens(options, True)
+            if longer > longest and longer >= asked:
+                longest = longer
                 room = min(longest, config.text.max_position_embeddings)
                 found.append(f"the int4 checkpoint fits{how} (context {room})")
                 break

@@ -56,7 +56,7 @@ def card_budget(
     else:
         allowed = gpu_memory
         kv = min(allowed - card.reserved - context - beside, left_on_card)
-        source = f"gpu_memory={gib(gpu_memory)} with {gib(card.reserved)} of weights"
+        source = f"gpu_memory={gib(gpu_memory)}, {gib(card.reserved)} of it taken"
         if left_on_card == kv:
             source += f", {gib(card.free)} free"
     return Budget(allowed, kv, card.reserved + beside - driver + max(kv, 0), source)
@@ -65,5 +65,4 @@ def card_budget(
 def host_budget(gpu_memory: int, weights: int, beside: int) -> Budget:
     """The same where there is no card: what may be taken of main memory."""
     kv = gpu_memory - weights - beside
-    source = f"gpu_memory={gib(gpu_memory)} with {gib(weights)} of weights"
-    return Budget(gpu_memory, kv, gpu_memory, source)
+    return Budget(gpu_memory, kv, gpu_memory, f"gpu_memory={gib(gpu_memory)}")

@@ -37,5 +37,7 @@ def parse_bytes(value: str | int, name: str = "memory") -> int:
 
 
 def gib(count: int) -> str:
-    """`15.1 GiB`; below a tenth of that in `MiB`."""
-    return f"{count / GIB:.1f} GiB" if abs(count) >= GIB // 10 else f"{count / MIB:.0f} MiB"
+    """`15.1 GiB`, `812 MiB`, `3 KiB`."""
+    if abs(count) >= GIB:
+        return f"{count / GIB:.1f} GiB"
+    return f"{count / MIB:.0f} MiB" if abs(count) >= MIB else f"{count / KIB:.0f} KiB"
