@@ -43,8 +43,11 @@ class DecodeGraphs:
         """Whether the step is decodes only, and few enough."""
         return batch.num_decodes == len(batch.chunks) <= self._sizes[-1]
 
-    def run(self, batch: Batch) -> Tensor:
-        """float32 [decodes, vocab], a row for each of the batch's tokens; valid until the next run."""
+    def run(self, batch: Batch, late: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """float32 [decodes, vocab], a row for each of the batch's tokens; valid until the next run.
+
+        `late`: rows and ids, int64 [N] each, of tokens that only the device knows.
+        """
         count = len(batch.chunks)
         size = next(s for s in self._sizes if s >= count)
         if size not in self._graphs:
@@ -52,7 +55,7 @@ class DecodeGraphs:
             graph.capture(self._pool)
             self._pool = graph.pool
             self._graphs[size] = graph
-        return self._graphs[size].replay(batch)[:count]
+        return self._graphs[size].replay(batch, late)[:count]
 
 
 class _Graph:
@@ -89,7 +92,7 @@ class _Graph:
         with torch.cuda.graph(self._graph, pool=pool):  # type: ignore[arg-type]  # the stub names a private type
             self._forward()
 
-    def replay(self, batch: Batch) -> Tensor:
+    def replay(self, batch: Batch, late: tuple[Tensor, Tensor] | None) -> Tensor:
         count = len(batch.chunks)
         # The last copy must have read the host's rows before they change.
         self._copied.synchronize()
@@ -101,6 +104,8 @@ class _Graph:
         rows[count:, 2], rows[count:, 3] = -1, 1
         self._inputs.copy_(self._host, non_blocking=True)
         self._copied.record()
+        if late is not None:
+            self._inputs[:, 0].index_copy_(0, late[0], late[1].to(torch.int32))
         self._graph.replay()
         return self._logits
 

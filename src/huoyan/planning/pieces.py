@@ -10,10 +10,12 @@ PROMPT_LOGITS = 1 << 24
 """Logits of a prompt's own tokens (64 MiB in float32)."""
 CHOICE_LOGITS = 1 << 22
 """Logits that tokens are chosen from: filters and grammars take some thirty bytes for each."""
-SORTED_LOGITS = 1 << 20
+SORTED_LOGITS = 1 << 21
 """Logits that are sorted: some seventy bytes for each."""
 NOISE_LOGITS = 1 << 17
 """Logits that noise is made for: what stays in a core's cache."""
+NOISE_LOGITS_CUDA = 1 << 21
+"""On a GPU, where each piece costs its launches."""
 COPIED_BLOCKS = 16
 """Blocks of the KV cache that are copied, by way of as much memory."""
 PICTURE_SLICES = 64

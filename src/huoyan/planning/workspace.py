@@ -17,6 +17,7 @@ from huoyan.planning.pieces import (
     GATHER_TOKENS,
     MASK_VALUES,
     NOISE_LOGITS,
+    NOISE_LOGITS_CUDA,
     PROMPT_LOGITS,
     SORTED_LOGITS,
 )
@@ -217,7 +218,10 @@ def _logits(config: ModelConfig, way: Way, limits: Limits) -> tuple[int, int]:
 
     choosing = (
         CHOICE_BYTES * at_once(CHOICE_LOGITS)
-        + max(SORT_BYTES * at_once(SORTED_LOGITS), NOISE_BYTES * at_once(NOISE_LOGITS))
+        + max(
+            SORT_BYTES * at_once(SORTED_LOGITS),
+            NOISE_BYTES * at_once(NOISE_LOGITS_CUDA if way.cuda else NOISE_LOGITS),
+        )
         + limits.seqs * 16384
     )
     return 2 * hidden + rows + made + _index(limits) + MIB // 4, hidden + 4 * values + choosing + MIB // 4
