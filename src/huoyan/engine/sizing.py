@@ -15,6 +15,7 @@ from huoyan.planning.graphs import graph_sizes
 from huoyan.planning.memory import GRAPH_DRIVER, graph_bytes, limits_of, picture_bytes, slack_bytes, way_of
 from huoyan.planning.shapes import published_shapes
 from huoyan.planning.sizes import GIB, MIB, gib
+from huoyan.planning.weights import table_bytes
 from huoyan.planning.weights import weights as bytes_of_weights
 from huoyan.planning.workspace import Limits, Way, workspace
 
@@ -173,9 +174,7 @@ def tensor_bytes(model: MiniCPMV) -> int:
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for tensor in (*model.parameters(), *model.buffers())
     }
-    text = model.config.text
-    tables = text.max_position_embeddings * text.head_dim * 4
-    return sum(storages.values()) + tables + 70 * (text.hidden_size // 2) * 8
+    return sum(storages.values()) + table_bytes(model.config, model.dtype.itemsize)
 
 
 def check_before_loading(
