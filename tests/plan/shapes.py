@@ -54,7 +54,7 @@ def random_sizes(rng: random.Random) -> ModelConfig:
             patch_size=14,
             drop_last_layer=rng.random() < 0.2,
         ),
-        query_num=rng.choice([4, 16]),
+        query_num=rng.choice([10, 30]),
         dtype="float32",
     )
 
@@ -73,7 +73,7 @@ def random_options(rng: random.Random, **fixed: object) -> EngineConfig:
         "max_num_seqs": rng.choice([4, 16, 48]),
         "max_num_batched_tokens": tokens,
         "max_encoder_slices": rng.choice([2, 8, 16]),
-        "max_slice_patches": rng.choice([64, 200, 600]),
+        "max_slice_patches": rng.choice([64, 150, 400]),
         "picture_cache_bytes": rng.choice([0, 200_000, 2_000_000]),
         "num_blocks": 4000,
         **fixed,

@@ -6,6 +6,7 @@ import logging
 import random
 import re
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -150,7 +151,7 @@ def test_a_pass_of_the_encoder_holds_so_many_patches(seed: int) -> None:
     assert [i for first, last in passes for i in range(first, last)] == list(range(50))
     counts = [[s.shape[0] * s.shape[1] // 196 for s in slices[first:last]] for first, last in passes]
     assert all(len(part) <= 7 and sum(part) <= 230 for part in counts)
-    for part, following in zip(counts, counts[1:], strict=False):
+    for part, following in pairwise(counts):
         assert len(part) == 7 or sum(part) + following[0] > 230, "a pass that could have been larger"
 
 
