@@ -155,6 +155,51 @@ def test_a_pass_of_the_encoder_holds_so_many_patches(seed: int) -> None:
         assert len(part) == 7 or sum(part) + following[0] > 230, "a pass that could have been larger"
 
 
+def test_memory_that_runs_out_all_the_same_ends_the_step_s_requests_in_one_line(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = random.Random(seed)
+    model = random_model(rng)
+    options = random_options(rng)
+    engine = Engine(model, options)
+    makes = Makes(rng, model.config, options)
+    inner, failures = (
+        engine.runner.forward,
+        [torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")],
+    )
+
+    def forward(*args: object) -> object:
+        if failures:
+            raise failures.pop()
+        return inner(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(engine.runner, "forward", forward)
+    engine.add_request(makes.request("a", [*makes.words(5)]))
+    (output,) = engine.step()
+    assert output.error is not None
+    assert output.error.startswith("the device ran out of memory")
+    assert "\n" not in output.error
+    engine.add_request(makes.request("b", [*makes.words(5)]))
+    while engine.has_unfinished_requests():
+        assert all(output.error is None for output in engine.step()), "the next ones go on"
+
+
+def test_torch_is_told_where_to_stop(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The calls, not their effect, which needs a card."""
+    from huoyan.engine.sizing import limit_torch
+
+    rng = random.Random(seed)
+    total = rng.randint(8, 141) << 30
+    said: list[float] = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (total // 2, total))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda part, device: said.append(part))
+    limit_torch(total // 4, torch.device("cuda"))
+    limit_torch(2 * total, torch.device("cuda"))
+    limit_torch(None, torch.device("cuda"))
+    limit_torch(1, torch.device("cpu"))
+    assert said == [pytest.approx(0.25), 1.0, 1.0]
+
+
 def test_heads_that_share_a_key_head_can_stand_as_queries(seed: int) -> None:
     """What CUDA is given, so that it need not write scores out, is attention all the same."""
     torch.manual_seed(seed)
