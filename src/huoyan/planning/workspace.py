@@ -233,7 +233,7 @@ def _prompt_logprobs(config: ModelConfig, way: Way, limits: Limits) -> int:
     hidden = limits.tokens * text.hidden_size * e
     piece = min(limits.tokens * text.vocab_size, max(PROMPT_LOGITS, text.vocab_size))
     # Their log-probabilities, which are above the token's own, and those counted in int64; or the logits, twice.
-    return hidden + 4 * limits.seqs * text.vocab_size + piece * (13 + e) + MIB // 4
+    return hidden + 4 * limits.seqs * text.vocab_size + piece * 14 + MIB // 4
 
 
 def _int4(way: Way, rows: int, out: int, width: int) -> int:
