@@ -12,16 +12,20 @@ from huoyan.engine.answer import Answer, AnswerText, ChosenToken, StopRules
 from huoyan.engine.beam import BeamSearch
 from huoyan.engine.block_pool import BlockPool
 from huoyan.engine.chooser import Chooser
-from huoyan.engine.config import CacheSize, EngineConfig, size_cache
+from huoyan.engine.config import EngineConfig
+from huoyan.engine.in_flight import InFlight
 from huoyan.engine.kv_cache import KVCache
 from huoyan.engine.output import request_output, shown_answers
 from huoyan.engine.picture_cache import PictureCache
 from huoyan.engine.prompt_logprobs import prompt_logprobs
 from huoyan.engine.runner import ForwardOutput, Runner, has_fused_attention
 from huoyan.engine.scheduler import Scheduler
+from huoyan.engine.sizing import CacheSize, limit_torch, release_torch, size_cache
 from huoyan.engine.stats import EngineStats
 from huoyan.errors import HuoyanError, InputError
 from huoyan.layers.linear import lay_out_for_cpu
+from huoyan.planning.memory import slice_bytes
+from huoyan.planning.pieces import PICTURE_SLICES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -59,7 +63,8 @@ class Engine:
             CapacityError: the memory does not hold the context.
         """
         self.config = config or EngineConfig()
-        self.size: CacheSize = size_cache(self.config, model.config, model.dtype, model.device)
+        self.size: CacheSize = size_cache(self.config, model)
+        limit_torch(self.size, model.device)
         text = model.config.text
         lay_out_for_cpu(model)
         self.model = model
@@ -69,7 +74,7 @@ class Engine:
         self._tokenizer = tokenizer
         self.pool = BlockPool(self.size.num_blocks, self.config.block_size, self.config.enable_prefix_caching)
         self.pictures = PictureCache(
-            self.config.picture_cache_bytes, model.config.query_num * text.hidden_size * model.dtype.itemsize
+            self.config.picture_cache_bytes, slice_bytes(model.config, model.dtype.itemsize)
         )
         self.scheduler = Scheduler(
             self.pool,
@@ -93,11 +98,22 @@ class Engine:
             from huoyan.engine.decode_graph import DecodeGraphs
 
             graphs = DecodeGraphs(model, cache, self.config.max_num_seqs, self.size.max_model_len)
-        self.runner = Runner(model, cache, self.pictures, self.config.max_encoder_slices, graphs=graphs)
+        self.runner = Runner(
+            model,
+            cache,
+            self.pictures,
+            self.config.max_encoder_slices,
+            self.size.limits.encoder_patches,
+            graphs=graphs,
+        )
         stops = frozenset(self._stop_token_ids) | (
             {eos_token_id} if eos_token_id is not None else frozenset()
         )
         self._chooser = Chooser(self.config.seed, text.vocab_size, tokenizer, stops)
+        self.run_ahead = (
+            has_fused_attention(model) if self.config.run_ahead is None else self.config.run_ahead
+        )
+        self._in_flight: InFlight | None = None
         self._groups: dict[str, Group] = {}
         self._steps = self._prompt_tokens = self._generated_tokens = self._preemptions = 0
         self._ended: list[RequestOutput] = []
@@ -140,33 +156,64 @@ class Engine:
         return bool(self._groups or self._ended)
 
     def step(self) -> list[RequestOutput]:
-        """Schedule, encode pictures, forward, choose tokens. One request's fault ends that request only."""
+        """Schedule, encode pictures, forward, choose tokens. One request's fault ends that request only.
+
+        Where the engine runs ahead, the step is launched before the tokens of the one before it are looked at,
+        and its own outputs come with the next call.
+        """
         outputs, self._ended = self._ended, []
+        before, self._in_flight = self._in_flight, None
+        if before is not None and not self._may_run_ahead():
+            self._land(before, outputs)
+            before = None
+        launched = self._launch(before, outputs)
+        if before is not None:
+            self._land(before, outputs)
+        if launched is not None and self.run_ahead and self._may_run_ahead():
+            self._in_flight = launched
+        elif launched is not None:
+            self._land(launched, outputs)
+        return outputs
+
+    def _may_run_ahead(self) -> bool:
+        """Whether the next step can be launched before the host knows the tokens of this one.
+
+        One group that cannot keeps all in step: it would take every second step only.
+        """
+        return not any(group.needs_host for group in self.scheduler.running)
+
+    def _launch(self, before: InFlight | None, outputs: list[RequestOutput]) -> InFlight | None:
+        """Hand a step to the device; None where there is nothing to do."""
         schedule = self.scheduler.schedule()
         self._preemptions += len(schedule.preempted)
         if schedule.pictures:
             schedule = self._encode(schedule, outputs)
         if not schedule.num_tokens:
-            return outputs
+            return None
         try:
-            forward = self.runner.forward(schedule)
+            forward = self.runner.forward(schedule, before)
         except Exception as error:
             self._fail_all({chunk.sequence.group for chunk in schedule.chunks}, error, outputs)
-            return outputs
+            return None
         self.scheduler.launched(schedule)
         self._steps += 1
         self._prompt_tokens += schedule.num_tokens - len(schedule.decodes)
-        self._read_prompts(forward, outputs)
-        self._choose(forward, outputs)
-        return outputs
+        self._read_prompts(forward)
+        rows: dict[Group, list[int]] = {}
+        for row, chunk in enumerate(forward.chunks):
+            rows.setdefault(chunk.sequence.group, []).append(row)
+        return InFlight.of(self._chooser.choose(forward.logits, rows, before), rows)
 
     def close(self) -> None:
         """Free the device's memory. The engine cannot be used afterwards."""
         for request_id in list(self._groups):
             self.abort_request(request_id)
         self._ended.clear()
+        self._in_flight = None
         self.pictures.clear()
+        device = self.model.device
         del self.runner, self.model
+        release_torch(self.size, device)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -202,7 +249,7 @@ class Engine:
             self._fail_all({group}, error, outputs)
         return schedule.without(set(hit))
 
-    def _read_prompts(self, forward: ForwardOutput, outputs: list[RequestOutput]) -> None:
+    def _read_prompts(self, forward: ForwardOutput) -> None:
         for chunk, hidden in forward.prompt_hidden:
             group = chunk.sequence.group
             entries = group.prompt_logprobs
@@ -220,13 +267,17 @@ class Engine:
             )
             entries[chunk.start + 1 : end + 1] = found
 
-    def _choose(self, forward: ForwardOutput, outputs: list[RequestOutput]) -> None:
+    def _land(self, step: InFlight, outputs: list[RequestOutput]) -> None:
+        """Learn a launched step's tokens. Requests and sequences that ended meanwhile have no use for theirs."""
+        try:
+            chosen = step.choice.read()
+        except Exception as error:
+            self._fail_all({group for group in step.sequences if not group.finished}, error, outputs)
+            return
         now = monotonic()
-        rows: dict[Group, list[int]] = {}
-        for row, chunk in enumerate(forward.chunks):
-            rows.setdefault(chunk.sequence.group, []).append(row)
-        chosen = self._chooser.choose(forward.logits, rows)
         for group, tokens in chosen.items():
+            if group.finished:
+                continue
             if isinstance(tokens, Exception):
                 self._fail_all({group}, tokens, outputs)
                 continue
@@ -312,11 +363,24 @@ class Engine:
                 f"the prompt has places for {len(prompt.slots)} pictures, but {len(request.pictures)} came"
             )
         query_num = self.model.config.query_num
+        side = self.model.config.vision.patch_size
+        most_slices = max(self.pictures.capacity_bytes // self.pictures.bytes_per_slice, PICTURE_SLICES)
         for picture, slot in zip(request.pictures, prompt.slots, strict=True):
             if not 0 < len(picture.slices) == len(slot.offsets) or slot.length != query_num:
                 raise InputError(
                     f"a picture of {len(picture.slices)} slices of {query_num} embeddings does not fit its "
                     f"place in the prompt ({len(slot.offsets)} runs of {slot.length} tokens)"
+                )
+            if len(picture.slices) > most_slices:
+                raise InputError(
+                    f"a picture has {len(picture.slices)} slices, and {most_slices} of one picture have room: lower "
+                    "max_slice_nums"
+                )
+            largest = max((s.shape[0] // side) * (s.shape[1] // side) for s in picture.slices)
+            if largest > self.config.max_slice_patches:
+                raise InputError(
+                    f"a slice of a picture has {largest} patches, and {self.config.max_slice_patches} have room: "
+                    "cut the picture into pieces"
                 )
             if any(not 0 <= o <= len(prompt.token_ids) - slot.length for o in slot.offsets):
                 raise InputError("a picture's place lies outside of the prompt")

@@ -15,9 +15,11 @@ from huoyan.kernels import decode_kernels_enabled
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from huoyan.engine.decode_graph import DecodeGraphs
+    from huoyan.engine.in_flight import InFlight
     from huoyan.engine.kv_cache import KVCache
     from huoyan.engine.picture_cache import PictureCache
     from huoyan.engine.schedule import Chunk, Schedule
@@ -40,9 +42,13 @@ class ForwardOutput:
 
 def has_fused_attention(model: MiniCPMV) -> bool:
     """Whether our kernels and torch's packed flash attention serve this model where it lies."""
-    sixteen_bits = model.dtype in (torch.float16, torch.bfloat16)
-    fits = model.device.type == "cuda" and sixteen_bits and model.config.text.head_dim % 8 == 0
-    return fits and decode_kernels_enabled()
+    return fuses_attention(model.device, model.dtype, model.config.text.head_dim)
+
+
+def fuses_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """The same of a model that is not there yet."""
+    sixteen_bits = dtype in (torch.float16, torch.bfloat16)
+    return device.type == "cuda" and sixteen_bits and head_dim % 8 == 0 and decode_kernels_enabled()
 
 
 class Runner:
@@ -54,6 +60,7 @@ class Runner:
         cache: KVCache,
         pictures: PictureCache,
         max_encoder_slices: int,
+        max_encoder_patches: int,
         *,
         graphs: DecodeGraphs | None = None,
     ) -> None:
@@ -62,6 +69,7 @@ class Runner:
         self.cache = cache
         self.pictures = pictures
         self.max_encoder_slices = max_encoder_slices
+        self.max_encoder_patches = max_encoder_patches
         self.device = cache.keys.device
         self._fused = has_fused_attention(model)
         self._graphs = graphs
@@ -73,15 +81,14 @@ class Runner:
     def encode(self, pictures: Sequence[PreparedPicture]) -> dict[bytes, Exception]:
         """Encode pictures into the cache, several at once. Returns those that failed, by key."""
         failed: dict[bytes, Exception] = {}
-        for together in self._split(pictures):
-            try:
-                self._encode(together)
-            except Exception as error:  # noqa: PERF203
-                if len(together) == 1:
-                    failed[together[0].key] = error
-                    continue
+        try:
+            self._encode(pictures)
+        except Exception as error:
+            if len(pictures) == 1:
+                failed[pictures[0].key] = error
+            else:
                 # One bad picture must not take the others with it.
-                for picture in together:
+                for picture in pictures:
                     try:
                         self._encode([picture])
                     except Exception as own_error:  # noqa: PERF203
@@ -91,20 +98,27 @@ class Runner:
         return failed
 
     @torch.inference_mode()
-    def forward(self, schedule: Schedule) -> ForwardOutput:
-        """Compute a schedule whose pictures are encoded: copies, keys and values, logits."""
+    def forward(self, schedule: Schedule, before: InFlight | None = None) -> ForwardOutput:
+        """Compute a schedule whose pictures are encoded: copies, keys and values, logits.
+
+        `before`: the step whose tokens are not known yet, where there is one.
+        """
         self.cache.copy_blocks(schedule.copies)
         self.copied_blocks += len(schedule.copies)
         batch = build_batch(schedule, self.cache.block_size)
         wanted = [i for i in batch.order if batch.chunks[i].samples]
         chunks = [batch.chunks[i] for i in wanted]
+        late = self._late(batch, before)
         if self._graphs is not None and self._graphs.fits(batch):
-            logits = self._graphs.run(batch)
+            logits = self._graphs.run(batch, late)
             in_order = wanted == list(range(len(wanted)))
             return ForwardOutput(
                 chunks, logits if in_order else logits[self._to_device(np.array(wanted, np.int64))]
             )
-        x = self.model.embed(self._to_device(batch.token_ids))
+        token_ids = self._to_device(batch.token_ids)
+        if late is not None:
+            token_ids = token_ids.index_copy(0, *late)
+        x = self.model.embed(token_ids)
         if schedule.prefills:
             self._place_pictures(batch, x)
         hidden = self.model.decoder(x, self._to_device(batch.positions), self._attention(batch, x.dtype))
@@ -117,6 +131,15 @@ class Runner:
                 out.prompt_hidden.append((batch.chunks[i], hidden[first:last]))
         return out
 
+    def _late(self, batch: Batch, before: InFlight | None) -> tuple[Tensor, Tensor] | None:
+        """The batch's tokens that only the device knows: their rows and their ids, int64 [N] each."""
+        sequences = [seq for seq in batch.in_flight if seq is not None]
+        if not sequences:
+            return None
+        assert before is not None
+        rows = [i for i, seq in enumerate(batch.in_flight) if seq is not None]
+        return self._to_device(np.array(rows, np.int64)), before.tokens(sequences)
+
     def _attention(self, batch: Batch, dtype: torch.dtype) -> Attend:
         if not self._fused:
             return PagedAttention(self.cache, batch, dtype, self._workspace)
@@ -128,30 +151,38 @@ class Runner:
             self.cache, batch, StepTensors(batch, self.device), table, text.num_attention_heads
         )
 
-    def _split(self, pictures: Sequence[PreparedPicture]) -> list[list[PreparedPicture]]:
-        parts: list[list[PreparedPicture]] = []
-        room = 0
-        for picture in pictures:
-            if len(picture.slices) > room:
-                parts.append([])
-                room = self.max_encoder_slices
-            parts[-1].append(picture)
-            room -= len(picture.slices)
-        return parts
-
-    def _encode(self, pictures: list[PreparedPicture]) -> None:
+    def _encode(self, pictures: Sequence[PreparedPicture]) -> None:
+        """Encode in passes that fit the workspace; a pass may end inside a picture."""
         slices = [piece for picture in pictures for piece in picture.slices]
-        # A picture of more slices than the limit goes in parts of its own.
-        step = self.max_encoder_slices
-        parts = [self.model.encode_slices(slices[i : i + step]) for i in range(0, len(slices), step)]
-        embeddings = parts[0] if len(parts) == 1 else torch.cat(parts)
-        first = 0
-        for picture in pictures:
-            last = first + len(picture.slices)
-            # A copy, so that dropping one picture frees its memory.
-            own = embeddings if len(pictures) == 1 else embeddings[first:last].clone()
-            self.pictures.put(picture.key, own)
-            first = last
+        sizes = (self.model.config.query_num, self.model.config.text.hidden_size)
+        # Each has memory of its own, so that dropping one picture frees it.
+        own = [
+            torch.empty(len(picture.slices), *sizes, dtype=self.model.dtype, device=self.device)
+            for picture in pictures
+        ]
+        places = [place for embeddings in own for place in embeddings]
+        for first, last in self._passes(slices):
+            for place, embeddings in zip(
+                places[first:last], self.model.encode_slices(slices[first:last]), strict=True
+            ):
+                place.copy_(embeddings)
+        for picture, embeddings in zip(pictures, own, strict=True):
+            self.pictures.put(picture.key, embeddings)
+
+    def _passes(self, slices: Sequence[NDArray[np.uint8]]) -> list[tuple[int, int]]:
+        """Runs (first, last) of as many slices, and patches, as are encoded at once."""
+        side = self.model.config.vision.patch_size
+        passes: list[tuple[int, int]] = []
+        room = patches_left = 0
+        for i, piece in enumerate(slices):
+            patches = (piece.shape[0] // side) * (piece.shape[1] // side)
+            if not room or patches > patches_left:
+                passes.append((i, i))
+                room, patches_left = self.max_encoder_slices, self.max_encoder_patches
+            passes[-1] = (passes[-1][0], i + 1)
+            room -= 1
+            patches_left -= patches
+        return passes
 
     def _place_pictures(self, batch: Batch, x: Tensor) -> None:
         """Overwrite the placeholder rows of `x: [T, hidden]` with the rows of the slices they stand for."""
