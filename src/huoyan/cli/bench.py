@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from huoyan.cli import bench_compare
 from huoyan.cli.bench_options import (
     BenchModelOption,
-    GpuMemoryUtilizationOption,
     JsonFileOption,
     LoadFormatOption,
     MaxNumSeqsOption,
@@ -24,6 +24,7 @@ from huoyan.cli.bench_options import (
 from huoyan.cli.options import (
     DeviceOption,
     DtypeOption,
+    GpuMemoryOption,
     HubOption,
     MaxModelLenOption,
     RevisionOption,
@@ -60,7 +61,7 @@ def latency(
     dtype: DtypeOption = "auto",
     max_model_len: MaxModelLenOption = None,
     max_num_seqs: MaxNumSeqsOption = 256,
-    gpu_memory_utilization: GpuMemoryUtilizationOption = 0.9,
+    gpu_memory: GpuMemoryOption = None,
     warmup: WarmupOption = 1,
     repeats: RepeatsOption = 3,
     seed: SeedOption = 0,
@@ -90,7 +91,7 @@ def throughput(
     dtype: DtypeOption = "auto",
     max_model_len: MaxModelLenOption = None,
     max_num_seqs: MaxNumSeqsOption = 256,
-    gpu_memory_utilization: GpuMemoryUtilizationOption = 0.9,
+    gpu_memory: GpuMemoryOption = None,
     warmup: WarmupOption = 1,
     repeats: RepeatsOption = 3,
     seed: SeedOption = 0,
@@ -120,7 +121,7 @@ def pictures(
     dtype: DtypeOption = "auto",
     max_model_len: MaxModelLenOption = None,
     max_num_seqs: MaxNumSeqsOption = 256,
-    gpu_memory_utilization: GpuMemoryUtilizationOption = 0.9,
+    gpu_memory: GpuMemoryOption = None,
     warmup: WarmupOption = 1,
     repeats: RepeatsOption = 5,
     seed: SeedOption = 0,
@@ -150,7 +151,7 @@ def beams(
     dtype: DtypeOption = "auto",
     max_model_len: MaxModelLenOption = None,
     max_num_seqs: MaxNumSeqsOption = 256,
-    gpu_memory_utilization: GpuMemoryUtilizationOption = 0.9,
+    gpu_memory: GpuMemoryOption = None,
     warmup: WarmupOption = 1,
     repeats: RepeatsOption = 3,
     seed: SeedOption = 0,
@@ -181,7 +182,7 @@ def video(
     dtype: DtypeOption = "auto",
     max_model_len: MaxModelLenOption = None,
     max_num_seqs: MaxNumSeqsOption = 256,
-    gpu_memory_utilization: GpuMemoryUtilizationOption = 0.9,
+    gpu_memory: GpuMemoryOption = None,
     warmup: WarmupOption = 1,
     repeats: RepeatsOption = 3,
     seed: SeedOption = 0,
@@ -218,7 +219,7 @@ def serve(
     dtype: DtypeOption = "auto",
     max_model_len: MaxModelLenOption = None,
     max_num_seqs: MaxNumSeqsOption = 256,
-    gpu_memory_utilization: GpuMemoryUtilizationOption = 0.9,
+    gpu_memory: GpuMemoryOption = None,
     seed: SeedOption = 0,
     json_file: JsonFileOption = None,
 ) -> None:
@@ -236,9 +237,11 @@ def serve(
         _report("serve", opened, rows, given)
 
 
+app.command("compare")(bench_compare.compare)
+
 _OPTIONS = (
     "load_format", "hub", "revision", "device", "dtype", "max_model_len", "max_num_seqs",
-    "gpu_memory_utilization", "seed",
+    "gpu_memory", "seed",
 )  # fmt: skip
 
 

@@ -25,10 +25,6 @@ LoadFormatOption = Annotated[
         help="dummy: random weights of the folder's sizes; its own are not read.",
     ),
 ]  # fmt: skip
-GpuMemoryUtilizationOption = Annotated[
-    float,
-    typer.Option("--gpu-memory-utilization", rich_help_panel=_MODEL, help="The part of the card to use."),
-]
 MaxNumSeqsOption = Annotated[
     int,
     typer.Option("--max-num-seqs", min=1, rich_help_panel=_MODEL, help="Sequences of one step at most."),
