@@ -52,16 +52,14 @@ def red(tmp_path: Path) -> Path:
     return path
 
 
-def test_what_memory_holds_is_run(checkpoint: Path) -> None:
-    """The pool ends both, and holds what is said."""
-    with opened(str(checkpoint), gpu_memory="200MiB", max_num_seqs=64, max_num_batched_tokens=256) as loaded:
-        engine, llm = loaded.engine, loaded.llm()
-        tokens = engine.size.num_blocks * engine.config.block_size
-        longest = compare._longest(loaded, llm, Requests(0))
-        assert longest.proved == engine.size.max_model_len
-        length = max(tokens // 3 // 16 * 16, 32)
-        batch = compare._batch(loaded, llm, Requests(0), length)
-        assert batch.proved == batch.asked == min(tokens // length, 64)
+def test_what_memory_holds_is_run(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pool ends both, and holds what is said: two MiB of 16 KiB blocks."""
+    monkeypatch.setenv("HUOYAN_CPU_KV_MB", "2")
+    with opened(str(checkpoint), max_num_batched_tokens=256) as loaded:
+        llm = loaded.llm()
+        assert loaded.engine.size.num_blocks == 128
+        assert compare._longest(loaded, llm, Requests(0)) == compare.Most(2048, 2048, "the memory")
+        assert compare._batch(loaded, llm, Requests(0), 470) == compare.Most(4, 4, "the memory")
 
 
 def test_proofs_step_down_until_something_runs(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
