@@ -72,3 +72,16 @@ def _mark(owner: Any, name: str, moment: str) -> None:
             return inner(*args, **kwargs)
 
     owner.__dict__[name] = marked
+
+
+def peak_of(run: Callable[[], Any]) -> int:
+    """Bytes that a call had at its fullest."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        result = run()
+    events = found.profiler.kineto_results.events()  # type: ignore[union-attr]
+    now = most = 0
+    for _, change in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
+        now += change
+        most = max(most, now)
+    del result
+    return most

@@ -57,7 +57,7 @@ def _open_native(folder: Path, frontend: CheckpointFrontend, options: EngineOpti
 
     from huoyan.engine.config import EngineConfig
     from huoyan.engine.engine import Engine
-    from huoyan.engine.sizing import check_before_loading
+    from huoyan.engine.sizing import check_before_loading, limit_torch
     from huoyan.media.slicing import MAX_SLICE_GROWTH, read_slice_rules
     from huoyan.models.checkpoint import open_checkpoint
     from huoyan.models.weights import load_model
@@ -98,7 +98,10 @@ def _open_native(folder: Path, frontend: CheckpointFrontend, options: EngineOpti
             stop_token_ids=frontend.stop_token_ids,
             tokenizer=tokenizer,
         )
-    except torch.OutOfMemoryError as error:
+    except BaseException as error:
+        limit_torch(None, torch.device(device))
+        if not isinstance(error, torch.OutOfMemoryError):
+            raise
         raise CapacityError(
             f"{options.model} ({checkpoint.nbytes / 2**30:.1f} GiB of weights) does not fit into the memory "
             f"of {device}: free some, or use the int4 checkpoint"

@@ -134,7 +134,7 @@ def _print(plan: Plan) -> None:
     console.print(_memory(plan, names))
     for variant, name in zip(plan.variants, names, strict=True):
         if not variant.fits:
-            console.print(f"{name} does not fit.")
+            console.print(f"{name} does not fit: without a KV cache it takes {gib(variant.parts.whole)}.")
     console.print()
     console.print(_caches(plan, names))
     console.print(

@@ -20,7 +20,7 @@ from huoyan.engine.picture_cache import PictureCache
 from huoyan.engine.prompt_logprobs import prompt_logprobs
 from huoyan.engine.runner import ForwardOutput, Runner, has_fused_attention
 from huoyan.engine.scheduler import Scheduler
-from huoyan.engine.sizing import CacheSize, limit_torch, release_torch, size_cache
+from huoyan.engine.sizing import CacheSize, limit_torch, size_cache
 from huoyan.engine.stats import EngineStats
 from huoyan.errors import HuoyanError, InputError
 from huoyan.layers.linear import lay_out_for_cpu
@@ -64,7 +64,7 @@ class Engine:
         """
         self.config = config or EngineConfig()
         self.size: CacheSize = size_cache(self.config, model)
-        limit_torch(self.size, model.device)
+        limit_torch(self.size.torch_bytes, model.device)
         text = model.config.text
         lay_out_for_cpu(model)
         self.model = model
@@ -213,7 +213,7 @@ class Engine:
         self.pictures.clear()
         device = self.model.device
         del self.runner, self.model
-        release_torch(self.size, device)
+        limit_torch(None, device)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -343,6 +343,12 @@ class Engine:
     def _fail_all(self, groups: set[Group], error: Exception, outputs: list[RequestOutput]) -> None:
         if isinstance(error, HuoyanError):
             message = str(error)
+        elif isinstance(error, torch.OutOfMemoryError):
+            log.error("a step ran out of memory", exc_info=error)
+            message = (
+                "the device ran out of memory where the plan had room: lower max_num_batched_tokens or "
+                "max_num_seqs, and please report it"
+            )
         else:
             log.error("a step failed", exc_info=error)
             reason = " ".join(str(error).split())

@@ -15,6 +15,7 @@ from huoyan.planning.graphs import graph_sizes
 from huoyan.planning.memory import GRAPH_DRIVER, graph_bytes, limits_of, picture_bytes, slack_bytes, way_of
 from huoyan.planning.shapes import published_shapes
 from huoyan.planning.sizes import GIB, MIB, gib
+from huoyan.planning.weights import table_bytes
 from huoyan.planning.weights import weights as bytes_of_weights
 from huoyan.planning.workspace import Limits, Way, workspace
 
@@ -173,9 +174,7 @@ def tensor_bytes(model: MiniCPMV) -> int:
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for tensor in (*model.parameters(), *model.buffers())
     }
-    text = model.config.text
-    tables = text.max_position_embeddings * text.head_dim * 4
-    return sum(storages.values()) + tables + 70 * (text.hidden_size // 2) * 8
+    return sum(storages.values()) + table_bytes(model.config, model.dtype.itemsize)
 
 
 def check_before_loading(
@@ -216,6 +215,8 @@ def check_before_loading(
         budget = host_budget(config.gpu_memory, 0, beside)
     block = config.block_size * kv_bytes_per_token(sizes.text, way.itemsize, config.kv_cache_dtype)
     if budget.kv - weights >= block:
+        # Loading int4 takes more than its weights for a moment, in place of the cache that is not there yet.
+        limit_torch(budget.torch, device)
         return
     fits = what_fits(sizes, config, way, budget.allowed, int4=way.int4 is not None)
     raise CapacityError(
@@ -223,21 +224,14 @@ def check_before_loading(
     )
 
 
-def limit_torch(size: CacheSize, device: torch.device) -> None:
-    """Have torch's allocator fail beyond what the engine was told, rather than take it from a neighbour."""
+def limit_torch(nbytes: int | None, device: torch.device) -> None:
+    """Have torch's allocator fail beyond so many bytes, rather than take them from a neighbour; None: no limit."""
     import torch
 
-    if device.type == "cuda" and size.torch_bytes is not None:
-        total = torch.cuda.mem_get_info(device)[1]
-        torch.cuda.set_per_process_memory_fraction(min(size.torch_bytes / total, 1.0), device)
-
-
-def release_torch(size: CacheSize, device: torch.device) -> None:
-    """Take the limit back."""
-    import torch
-
-    if device.type == "cuda" and size.torch_bytes is not None:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+    if device.type != "cuda":
+        return
+    part = 1.0 if nbytes is None else min(nbytes / torch.cuda.mem_get_info(device)[1], 1.0)
+    torch.cuda.set_per_process_memory_fraction(part, device)
 
 
 def host_memory(context_bytes: int) -> tuple[int, str]:

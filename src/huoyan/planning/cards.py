@@ -61,6 +61,8 @@ CARDS = (
     _card("H100", 80, 3350, 989),
     _card("H200", 140, 4800, 989),
 )  # fmt: skip
+_VARIANTS = re.compile(r"(?<=[^a-z])(?:ti|super|laptop|mobile|max-q)(?![a-z])")
+"""Words that make another card of a name."""
 _AMOUNT = re.compile(r"\s*\d+(\.\d+)?\s*[kmgt]?i?b?\s*", re.IGNORECASE)
 
 
@@ -72,20 +74,21 @@ def find_card(text: str) -> Card:
     """
     if _AMOUNT.fullmatch(text):
         return Card(text.strip(), parse_bytes(text, "--gpu"))
-    wanted = _key(text)
-    exact = [card for card in CARDS if _key(card.name) == wanted]
-    # A device's own name has words around: the longest name of ours in it.
-    inside = sorted((c for c in CARDS if _key(c.name) in wanted), key=lambda c: -len(c.name))
-    beginning = [card for card in CARDS if _key(card.name).startswith(wanted)]
-    found = exact or inside[:1] or (beginning if len(beginning) == 1 else [])
-    if not found or not wanted:
+    name = text.lower()
+    other = set(_VARIANTS.findall(name))
+    found = [
+        c for c in CARDS if _pattern(c.name).search(name) and set(_VARIANTS.findall(c.name.lower())) == other
+    ]
+    if not found:
         names = ", ".join(card.name for card in CARDS)
         raise InputError(f"no card {text!r} is known: give its memory (24GiB), auto, or one of {names}")
-    return found[0]
+    return max(found, key=lambda card: len(card.name))
 
 
-def _key(name: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", name.lower()).replace("nvidia", "").replace("geforce", "")
+def _pattern(name: str) -> re.Pattern[str]:
+    """The words of a card's name one after the other, as words; a device's own name may have others between."""
+    words = r"(?:[^a-z0-9]*|.*[^a-z0-9])".join(name.lower().split())
+    return re.compile(rf"(?<![a-z0-9]){words}(?![a-z0-9])")
 
 
 def this_card() -> Card:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +50,10 @@ class Parts:
     @property
     def weights(self) -> int:
         return self.decoder + self.embeddings + self.head + self.vision + self.tables
+
+    @property
+    def whole(self) -> int:
+        return sum(getattr(self, part.name) for part in fields(self))
 
 
 @dataclass(frozen=True)

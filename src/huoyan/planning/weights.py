@@ -88,7 +88,7 @@ def weights(
         if part == "head" and config.text.tie_word_embeddings:
             continue
         parts[part] += matrix.nbytes(itemsize)
-    return Weights(**parts, tables=_tables(config, itemsize), int4=quantized)
+    return Weights(**parts, tables=table_bytes(config, itemsize), int4=quantized)
 
 
 def _matrices(shapes: Mapping[str, Shape]) -> dict[str, _Matrix]:
@@ -114,7 +114,8 @@ def _part(name: str) -> str:
     return "head" if name.startswith("llm.lm_head") else "layers"
 
 
-def _tables(config: ModelConfig, itemsize: int) -> int:
+def table_bytes(config: ModelConfig, itemsize: int) -> int:
+    """Of what is computed once: rotations, positions of patches."""
     text = config.text
     rotations = text.max_position_embeddings * text.head_dim * 4
     # `GridPositions.axis`, and what it is cast to while slices are encoded.

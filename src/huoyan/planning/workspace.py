@@ -26,9 +26,9 @@ from huoyan.planning.sizes import MIB
 if TYPE_CHECKING:
     from huoyan.models.config import ModelConfig
 
-CHOICE_BYTES = 32
+CHOICE_BYTES = 24
 """A logit that is chosen from: copies for several kinds of requests, bias, filters, grammars."""
-SORT_BYTES = 72
+SORT_BYTES = 64
 """A logit that is sorted: values, ids, sums in float64, and the sort's own memory."""
 NOISE_BYTES = 48
 """A logit that noise is made for."""
