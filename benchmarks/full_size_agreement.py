@@ -42,6 +42,7 @@ def main() -> int:
     parser.add_argument("--vllm-python", default=sys.executable)
     parser.add_argument("--shape", default="full", help="full or small")
     parser.add_argument("--formats", default="bf16,int4")
+    parser.add_argument("--dtype", default="bfloat16", help="what both compute the 16-bit checkpoint in")
     parser.add_argument("--max-tokens", type=int, default=12)
     parser.add_argument("--max-model-len", type=int, default=4096)
     parser.add_argument("--factor", type=float, default=1.5)
@@ -72,7 +73,7 @@ def parent(given: argparse.Namespace) -> int:
         for form in given.formats.split(","):
             folder = root / form
             write_checkpoint(folder, given.shape, form, given.seed, cuda)
-            dtype = "float16" if form == "int4" else "bfloat16"
+            dtype = "float16" if form == "int4" else given.dtype
             case = Case(form, None)
             job = {
                 "folder": str(folder), "dtype": dtype, "max_model_len": given.max_model_len,
@@ -88,7 +89,7 @@ def parent(given: argparse.Namespace) -> int:
             )
             answers = json.loads(theirs.read_text())["job"]["answers"]
             ours = {}
-            for kind in (dtype, *(() if given.no_reference else ("float32",))):
+            for kind in dict.fromkeys((dtype, *(() if given.no_reference else ("float32",)))):
                 out = root / f"{form}-{kind}.json"
                 job_of = root / f"{form}-{kind}-job.json"
                 job_of.write_text(json.dumps({**job, "dtype": kind}))

@@ -118,3 +118,11 @@ def test_errors_are_one_line(huoyan: Command, checkpoint: Path, tmp_path: Path) 
         assert done.code == code, done.err
         assert words in done.err
         assert [line for line in done.err.splitlines() if "huoyan: " in line] == [done.err.splitlines()[-1]]
+
+
+def test_sizes_that_are_too_large_for_this_machine(huoyan: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The embedding and the head count each: 8.1 billion values."""
+    monkeypatch.setattr("huoyan.engine.sizing.total_memory", lambda: 30 << 30)
+    done = huoyan("bench", "latency", "--model", "minicpm-v-2_6", "--device", "cpu")
+    assert (done.code, done.err.count("\n")) == (4, 1)
+    assert "takes 30.2 GiB of random weights in float32 and this machine has 30.0 GiB" in done.err

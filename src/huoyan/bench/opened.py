@@ -15,14 +15,16 @@ import torch
 
 from huoyan.bench.probe import Probe, probe
 from huoyan.bench.rooflines import Rooflines, weight_format
-from huoyan.errors import InputError
+from huoyan.errors import CapacityError, InputError
 from huoyan.models import costs
+from huoyan.planning.sizes import gib
 
 if TYPE_CHECKING:
     from huoyan.api.async_llm import AsyncLLM
     from huoyan.api.llm import LLM
     from huoyan.api.runtime import Runtime
     from huoyan.engine.engine import Engine
+    from huoyan.models.config import ModelConfig
 
 NAMED_SHAPES = {"minicpm-v-2_6": "full", "small": "small"}
 """Names of sizes, to be had without a checkpoint; with `-int4` behind them as AutoAWQ would quantize them."""
@@ -107,22 +109,63 @@ def opened(model: str, *, load_format: str = "auto", **options: Any) -> Iterator
     """
     from huoyan.api.loading import load_runtime
     from huoyan.api.options import parse_options
+    from huoyan.models.hub import resolve_model
 
-    with folder_of(model, load_format) as (folder, how):
+    with folder_of(model, load_format) as (name, how):
+        where = resolve_model(name, **{key: options[key] for key in ("hub", "revision") if key in options})
+        found = _probe(where, how, options)
         begun = time.perf_counter()
-        runtime = load_runtime(parse_options(folder, {**options, "load_format": how}))
+        runtime = load_runtime(parse_options(str(where), {**options, "load_format": how}))
         seconds = time.perf_counter() - begun
     engine = engine_of(runtime)
-    weights = weight_format(engine.model)
     kv_token = engine.size.bytes_per_block / engine.config.block_size
-    token = costs.decode_step(engine.model.config, [1], weights, kv_token=kv_token)
-    found = probe(engine.model.device, engine.model.dtype, int(token.bytes))
-    lines = Rooflines(engine.model.config, weights, kv_token, found.speed)
+    lines = Rooflines(engine.model.config, weight_format(engine.model), kv_token, found.speed)
     loaded = Opened(runtime, model, seconds, found, lines)
     try:
         yield loaded
     finally:
         loaded.close()
+
+
+def _probe(folder: Path, load_format: str, options: dict[str, Any]) -> Probe:
+    """Before the engine has taken the device's memory; about as much as a decode step will read."""
+    from huoyan.api.loading import pick_device
+    from huoyan.models.checkpoint import open_checkpoint
+    from huoyan.models.weights import resolve_dtype
+
+    checkpoint = open_checkpoint(folder, need_weights=load_format != "dummy")
+    device = torch.device(pick_device(options.get("device", "auto")))
+    dtype = resolve_dtype(options.get("dtype", "auto"), checkpoint, device)
+    if device.type != "cuda" and not checkpoint.tensors:
+        _check_host(folder.name, checkpoint.config, dtype)
+    quantized = checkpoint.config.quantization
+    group = None if quantized is None else quantized.get("group_size", 128)
+    if not isinstance(group, int) or group < 1:
+        group = None
+    token = costs.decode_step(checkpoint.config, [1], costs.WeightFormat(dtype.itemsize, group))
+    found = probe(device, dtype, int(token.bytes))
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    return found
+
+
+def _check_host(name: str, config: ModelConfig, dtype: torch.dtype) -> None:
+    """Refuse to make up weights for which there is no memory: the system would end the process without a word.
+
+    Raises:
+        CapacityError: they are too many.
+    """
+    from huoyan.engine.sizing import total_memory
+
+    weights = costs.WeightFormat(dtype.itemsize)
+    needed = costs.encoder_bytes(config, weights) + costs.decoder_bytes(config.text, weights)
+    needed += 2 * costs.head_bytes(config.text, weights)
+    if needed > total_memory():
+        raise CapacityError(
+            f"{name} takes {gib(int(needed))} of random weights in {str(dtype).removeprefix('torch.')} and this "
+            f"machine has {gib(total_memory())}: use a GPU, --dtype bfloat16, or --model small or tiny"
+        )
 
 
 def engine_of(runtime: Runtime) -> Engine:

@@ -46,7 +46,10 @@ def probe(device: torch.device, dtype: torch.dtype, nbytes: int, seconds: float 
     Args:
         nbytes: what a decode step of the model reads: a model that stays in a cache is held against the cache.
     """
-    nbytes = max(min(nbytes, _MOST.get(device.type, _MOST_ELSEWHERE)), MIB)
+    most = _MOST.get(device.type, _MOST_ELSEWHERE)
+    if device.type == "cuda":
+        most = min(most, torch.cuda.mem_get_info(device)[0] // 4)
+    nbytes = max(min(nbytes, most), MIB)
     values = nbytes // dtype.itemsize
     source = torch.ones(values, dtype=dtype, device=device)
     target = torch.empty_like(source)
