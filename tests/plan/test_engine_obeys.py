@@ -144,10 +144,10 @@ def test_a_pass_of_the_encoder_holds_so_many_patches(seed: int) -> None:
     model = random_model(rng)
     options = random_options(rng, max_slice_patches=100, max_encoder_slices=7)
     engine = Engine(model, options)
-    engine.runner.max_encoder_patches = 230
+    engine.runner.encoder._max_patches = 230
     makes = Makes(rng, model.config, options)
     slices = [makes.picture(1).slices[0] for _ in range(50)]
-    passes = engine.runner._passes(slices)
+    passes = engine.runner.encoder.passes(slices)
     assert [i for first, last in passes for i in range(first, last)] == list(range(50))
     counts = [[s.shape[0] * s.shape[1] // 196 for s in slices[first:last]] for first, last in passes]
     assert all(len(part) <= 7 and sum(part) <= 230 for part in counts)

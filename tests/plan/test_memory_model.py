@@ -14,7 +14,7 @@ from huoyan.engine.sampler import SamplingRow, sample
 from huoyan.engine.sizing import tensor_bytes, way_of_model
 from huoyan.engine.token_counts import TokenCounts
 from huoyan.models.minicpmv import MiniCPMV
-from huoyan.models.weights import quantize_randomly
+from huoyan.models.weights import build_model, quantize_randomly
 from huoyan.planning import workspace as ws
 from huoyan.planning.memory import picture_bytes
 from huoyan.planning.weights import table_bytes
@@ -66,36 +66,49 @@ def tables(model: MiniCPMV) -> int:
     return table_bytes(model.config, model.dtype.itemsize)
 
 
-def test_a_full_prefill_is_said_to_a_third(seed: int) -> None:
-    """A step's largest moment where prompts are long: what is said may be more than it is, but not much."""
+def wide_model(rng: random.Random) -> MiniCPMV:
+    """Whose activations are large beside what a step takes whatever the model is."""
+    sizes = random_sizes(rng)
+    text = dataclasses.replace(
+        sizes.text, hidden_size=512, intermediate_size=rng.randint(1000, 3000), vocab_size=rng.randint(5000, 20000),
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    vision = dataclasses.replace(
+        sizes.vision, hidden_size=4 * rng.randint(60, 120), intermediate_size=rng.randint(100, 1500)
+    )
+    dtype = rng.choice([torch.float32, torch.bfloat16])
+    model = build_model(dataclasses.replace(sizes, text=text, vision=vision), dtype=dtype)
+    return model.eval().requires_grad_(False)
+
+
+def test_a_full_prefill_is_said_closely(seed: int) -> None:
+    """The largest moment of a step where prompts are long."""
     rng = random.Random(seed)
-    model = random_model(rng, rng.choice([torch.float32, torch.bfloat16]))
+    model = wide_model(rng)
     # One chunk for the whole prompt: later ones would gather, which is counted apart.
     options = random_options(rng, max_num_batched_tokens=512, max_num_seqs=1)
     engine = Engine(model, options)
     makes = Makes(rng, model.config, options)
-    engine.add_request(makes.request("a", [*makes.words(500)], max_tokens=1))
+    engine.add_request(makes.request("a", [*makes.words(511)], max_tokens=1, prompt_logprobs=1))
     _, peaks = watched(engine, engine.step)
     said = workspace(model.config, way_of_model(model, options), engine.size.limits)
-    # Of which these are for a chunk's mask and for tiles, of which a first chunk has fewer.
-    spare = 512 * 512 * (1 + model.dtype.itemsize) + 2 * (1 << 20)
-    assert peaks.moments["decoder"] <= said.decoder
-    assert said.decoder - spare < 1.5 * peaks.moments["decoder"]
+    for moment in ("decoder", "prompt_logprobs"):
+        took = peaks.moments[moment]
+        assert took <= getattr(said, moment) <= 1.25 * took + (1 << 20), moment
 
 
-def test_a_full_pass_of_the_encoder_is_said_to_a_half(seed: int) -> None:
+def test_a_full_pass_of_the_encoder_is_said_closely(seed: int) -> None:
     rng = random.Random(seed)
-    model = random_model(rng, rng.choice([torch.float32, torch.bfloat16]))
+    model = wide_model(rng)
     makes = Makes(rng, model.config, random_options(rng, max_slice_patches=144))
-    slices = [makes.picture(1, 144).slices[0] for _ in range(rng.randint(6, 12))]
+    slices = [makes.picture(1, 144).slices[0] for _ in range(rng.randint(12, 24))]
     way = ws.Way(model.dtype.itemsize, cuda=False, threads=torch.get_num_threads())
     with torch.inference_mode():
         model.encode_slices(slices[:1])
         took = peak_of(lambda: model.encode_slices(slices))
     patches = sum((s.shape[0] // 14) * (s.shape[1] // 14) for s in slices)
     said = ws.encoder(model.config, way, patches, len(slices))
-    assert took <= said
-    assert said - 2 * (1 << 20) < 2 * took
+    assert took <= said <= 1.6 * took
 
 
 @pytest.mark.parametrize("same", [True, False])
@@ -165,8 +178,6 @@ def test_int4_is_predicted_from_the_shapes_of_a_dense_checkpoint(seed: int) -> N
         tie_word_embeddings=False,
     )
     sizes = dataclasses.replace(sizes, text=text)
-    from huoyan.models.weights import build_model
-
     model = build_model(sizes, dtype=torch.bfloat16).eval().requires_grad_(False)
     dense = weights(sizes, published_shapes(sizes), 2)
     assert not dense.int4

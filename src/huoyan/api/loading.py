@@ -91,13 +91,16 @@ def _open_native(folder: Path, frontend: CheckpointFrontend, options: EngineOpti
                 seed=options.seed,
                 progress=progress,
             )
-        return Engine(
+        engine = Engine(
             model,
             config,
             eos_token_id=tokenizer.eos_token_id,
             stop_token_ids=frontend.stop_token_ids,
             tokenizer=tokenizer,
         )
+        if engine.takes_originals:
+            frontend.keep_originals()
+        return engine
     except BaseException as error:
         limit_torch(None, torch.device(device))
         if not isinstance(error, torch.OutOfMemoryError):

@@ -106,6 +106,7 @@ class Engine:
             self.size.limits.encoder_patches,
             graphs=graphs,
         )
+        self.scheduler.encodes_beside = self.runner.encoder.runs_beside
         stops = frozenset(self._stop_token_ids) | (
             {eos_token_id} if eos_token_id is not None else frozenset()
         )
@@ -234,6 +235,11 @@ class Engine:
             preemptions=self._preemptions,
         )
 
+    @property
+    def takes_originals(self) -> bool:
+        """Whether pictures that nobody has resized yet are welcome: the device does that."""
+        return self.runner.encoder.takes_originals
+
     # -- the parts of a step --------------------------------------------------------------------------------
 
     def _encode(self, schedule: Schedule, outputs: list[RequestOutput]) -> Schedule:
@@ -241,10 +247,10 @@ class Engine:
         if not failed:
             return schedule
         hit = {}
-        for chunk in schedule.chunks:
-            for use in chunk.sequence.group.pictures:
-                if use.key in failed and use.key in chunk.sequence.group.pinned:
-                    hit[chunk.sequence.group] = failed[use.key]
+        for group in self.scheduler.running:
+            for use in group.pictures:
+                if use.key in failed and use.key in group.pinned:
+                    hit[group] = failed[use.key]
         for group, error in hit.items():
             self._fail_all({group}, error, outputs)
         return schedule.without(set(hit))
@@ -372,17 +378,17 @@ class Engine:
         side = self.model.config.vision.patch_size
         most_slices = max(self.pictures.capacity_bytes // self.pictures.bytes_per_slice, PICTURE_SLICES)
         for picture, slot in zip(request.pictures, prompt.slots, strict=True):
-            if not 0 < len(picture.slices) == len(slot.offsets) or slot.length != query_num:
+            if not 0 < picture.num_slices == len(slot.offsets) or slot.length != query_num:
                 raise InputError(
-                    f"a picture of {len(picture.slices)} slices of {query_num} embeddings does not fit its "
+                    f"a picture of {picture.num_slices} slices of {query_num} embeddings does not fit its "
                     f"place in the prompt ({len(slot.offsets)} runs of {slot.length} tokens)"
                 )
-            if len(picture.slices) > most_slices:
+            if picture.num_slices > most_slices:
                 raise InputError(
-                    f"a picture has {len(picture.slices)} slices, and {most_slices} of one picture have room: lower "
+                    f"a picture has {picture.num_slices} slices, and {most_slices} of one picture have room: lower "
                     "max_slice_nums"
                 )
-            largest = max((s.shape[0] // side) * (s.shape[1] // side) for s in picture.slices)
+            largest = max(picture.patches(side))
             if largest > self.config.max_slice_patches:
                 raise InputError(
                     f"a slice of a picture has {largest} patches, and {self.config.max_slice_patches} have room: "

@@ -10,12 +10,13 @@ import torch
 
 from huoyan.engine.attention import PagedAttention, Workspace
 from huoyan.engine.batch import Batch, build_batch
+from huoyan.engine.picture_encoder import PictureEncoder
 from huoyan.kernels import decode_kernels_enabled
+from huoyan.layers.packed_attention import to_device
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from numpy.typing import NDArray
     from torch import Tensor
 
     from huoyan.engine.decode_graph import DecodeGraphs
@@ -69,7 +70,9 @@ class Runner:
         self.cache = cache
         self.pictures = pictures
         self.max_encoder_slices = max_encoder_slices
-        self.max_encoder_patches = max_encoder_patches
+        self.encoder = PictureEncoder(
+            model, max_encoder_slices, max_encoder_patches, graphs=graphs is not None
+        )
         self.device = cache.keys.device
         self._fused = has_fused_attention(model)
         self._graphs = graphs
@@ -81,14 +84,15 @@ class Runner:
     def encode(self, pictures: Sequence[PreparedPicture]) -> dict[bytes, Exception]:
         """Encode pictures into the cache, several at once. Returns those that failed, by key."""
         failed: dict[bytes, Exception] = {}
-        try:
-            self._encode(pictures)
-        except Exception as error:
-            if len(pictures) == 1:
-                failed[pictures[0].key] = error
-            else:
+        for together in self.encoder.together(pictures):
+            try:
+                self._encode(together)
+            except Exception as error:  # noqa: PERF203
+                if len(together) == 1:
+                    failed[together[0].key] = error
+                    continue
                 # One bad picture must not take the others with it.
-                for picture in pictures:
+                for picture in together:
                     try:
                         self._encode([picture])
                     except Exception as own_error:  # noqa: PERF203
@@ -151,38 +155,10 @@ class Runner:
             self.cache, batch, StepTensors(batch, self.device), table, text.num_attention_heads
         )
 
-    def _encode(self, pictures: Sequence[PreparedPicture]) -> None:
-        """Encode in passes that fit the workspace; a pass may end inside a picture."""
-        slices = [piece for picture in pictures for piece in picture.slices]
-        sizes = (self.model.config.query_num, self.model.config.text.hidden_size)
-        # Each has memory of its own, so that dropping one picture frees it.
-        own = [
-            torch.empty(len(picture.slices), *sizes, dtype=self.model.dtype, device=self.device)
-            for picture in pictures
-        ]
-        places = [place for embeddings in own for place in embeddings]
-        for first, last in self._passes(slices):
-            for place, embeddings in zip(
-                places[first:last], self.model.encode_slices(slices[first:last]), strict=True
-            ):
-                place.copy_(embeddings)
-        for picture, embeddings in zip(pictures, own, strict=True):
-            self.pictures.put(picture.key, embeddings)
-
-    def _passes(self, slices: Sequence[NDArray[np.uint8]]) -> list[tuple[int, int]]:
-        """Runs (first, last) of as many slices, and patches, as are encoded at once."""
-        side = self.model.config.vision.patch_size
-        passes: list[tuple[int, int]] = []
-        room = patches_left = 0
-        for i, piece in enumerate(slices):
-            patches = (piece.shape[0] // side) * (piece.shape[1] // side)
-            if not room or patches > patches_left:
-                passes.append((i, i))
-                room, patches_left = self.max_encoder_slices, self.max_encoder_patches
-            passes[-1] = (passes[-1][0], i + 1)
-            room -= 1
-            patches_left -= patches
-        return passes
+    def _encode(self, pictures: list[PreparedPicture]) -> None:
+        encoded, ready = self.encoder.encode(pictures)
+        for picture, embeddings in zip(pictures, encoded, strict=True):
+            self.pictures.put(picture.key, embeddings, ready)
 
     def _place_pictures(self, batch: Batch, x: Tensor) -> None:
         """Overwrite the placeholder rows of `x: [T, hidden]` with the rows of the slices they stand for."""
@@ -203,4 +179,4 @@ class Runner:
                     x.index_copy_(0, self._to_device(np.concatenate(targets)), rows.to(x.dtype))
 
     def _to_device(self, array: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> Tensor:
-        return torch.from_numpy(array).to(self.device, non_blocking=True)
+        return to_device(torch.from_numpy(array), self.device)

@@ -13,6 +13,7 @@ from huoyan.planning.advice import what_fits
 from huoyan.planning.budget import Budget, CardState, card_budget, host_budget
 from huoyan.planning.graphs import graph_sizes
 from huoyan.planning.memory import GRAPH_DRIVER, graph_bytes, limits_of, picture_bytes, slack_bytes, way_of
+from huoyan.planning.pieces import ENCODER_GRAPHS
 from huoyan.planning.shapes import published_shapes
 from huoyan.planning.sizes import GIB, MIB, gib
 from huoyan.planning.weights import table_bytes
@@ -143,7 +144,7 @@ def beside_weights(config: EngineConfig, sizes: ModelConfig, way: Way, limits: L
     """(bytes of everything but weights, KV cache and context, how many of them the driver takes)."""
     space = workspace(sizes, way, limits)
     graphs = graph_bytes(sizes, config, way, limits)
-    driver = GRAPH_DRIVER * len(graph_sizes(limits.seqs)) if graphs else 0
+    driver = GRAPH_DRIVER * (len(graph_sizes(limits.seqs)) + ENCODER_GRAPHS) if graphs else 0
     return space.total + picture_bytes(sizes, config, way) + graphs + slack_bytes(way, space), driver
 
 

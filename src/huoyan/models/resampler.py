@@ -12,6 +12,7 @@ from huoyan.layers.norm import LayerNorm
 from huoyan.layers.packed_attention import packed_attention
 from huoyan.models.config import ModelConfig
 from huoyan.models.patches import Grid
+from huoyan.models.siglip import PackedGrids
 
 _NORM_EPS = 1e-6
 
@@ -66,13 +67,15 @@ class CrossAttention(nn.Module):
         heads: Tensor = nn.functional.linear(x, weight, bias).unflatten(-1, (self.heads, -1))
         return heads
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, k_lengths: Sequence[int]) -> Tensor:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, q_lengths: Sequence[int], k_lengths: Sequence[int]
+    ) -> Tensor:
         """Of projected q [queries, heads, head_dim], the same for every slice, and k, v [sum(k_lengths), …].
 
         Returns [slices * queries, width].
         """
         slices = len(k_lengths)
-        out = packed_attention(q.repeat(slices, 1, 1), k, v, [q.shape[0]] * slices, k_lengths)
+        out = packed_attention(q.repeat(slices, 1, 1), k, v, q_lengths, k_lengths)
         projected: Tensor = self.out_proj(out.flatten(1))
         return projected
 
@@ -98,11 +101,12 @@ class Resampler(nn.Module):
         self.positions = GridPositions(width)
 
     def forward(self, x: Tensor, grids: Sequence[Grid]) -> Tensor:
+        grids = PackedGrids.of(grids)
         values = self.ln_kv(self.kv_proj(x))
         # Each [P, width] is given up as soon as it is projected: here the encoder takes the most memory.
         keys = self.attn.project(1, self.positions(grids, x.device, values.dtype).add_(values))
         values = self.attn.project(2, values)
-        lengths = [rows * columns for rows, columns in grids]
-        out = self.attn(self.attn.project(0, self.ln_q(self.query)), keys, values, lengths)
+        query = self.attn.project(0, self.ln_q(self.query))
+        out = self.attn(query, keys, values, grids.query_lengths(len(query)), grids.lengths)
         projected: Tensor = self.ln_post(out) @ self.proj
         return projected.view(len(grids), -1, projected.shape[-1])

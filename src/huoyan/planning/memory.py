@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 from huoyan.engine.kv_format import kv_bytes_per_token
 from huoyan.planning.allocator import reserved_bytes
 from huoyan.planning.graphs import graph_sizes
-from huoyan.planning.pieces import PICTURE_SLICES
+from huoyan.planning.pieces import ENCODER_GRAPH_PATCHES, ENCODER_GRAPHS, PICTURE_SLICES
 from huoyan.planning.sizes import MIB
 from huoyan.planning.weights import INT4_GROUP, Weights, weights
-from huoyan.planning.workspace import Limits, Way, Workspace, with_encoder_passes, workspace
+from huoyan.planning.workspace import Limits, Way, Workspace, encoder, with_encoder_passes, workspace
 
 if TYPE_CHECKING:
     from huoyan.engine.config import EngineConfig
@@ -144,7 +144,13 @@ def graph_bytes(config: ModelConfig, engine: EngineConfig, way: Way, limits: Lim
         config, way, replace(limits, tokens=rows, seqs=rows, encoder_patches=0, encoder_slices=0)
     )
     logits = 4 * rows * config.text.vocab_size
-    return logits + max(small.decoder, small.logits) + GRAPH_DRIVER * len(sizes)
+    decodes = logits + max(small.decoder, small.logits) + GRAPH_DRIVER * len(sizes)
+    # Graphs of the encoder share their memory, save for the patches that each is given.
+    patches = min(ENCODER_GRAPH_PATCHES, limits.encoder_patches)
+    pixels = config.vision.num_channels * config.vision.patch_size**2 * way.itemsize
+    slices = min(limits.encoder_slices, max(patches // 1024, 1))
+    each = patches * pixels + slices * slice_bytes(config, way.itemsize) + GRAPH_DRIVER
+    return decodes + encoder(config, way, patches, slices) + ENCODER_GRAPHS * each
 
 
 def slack_bytes(way: Way, space: Workspace) -> int:

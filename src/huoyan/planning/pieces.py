@@ -20,3 +20,11 @@ COPIED_BLOCKS = 16
 """Blocks of the KV cache that are copied, by way of as much memory."""
 PICTURE_SLICES = 64
 """Slices that one picture may have even where the picture cache holds fewer."""
+BESIDE_PATCHES = 11 * 1024
+"""Patches that are encoded beside decodes: a picture of ten slices, in memory that the decodes do not share."""
+BESIDE_PIXELS = 64 << 20
+"""Bytes of originals that are uploaded at once (`huoyan.media.originals.LARGEST`)."""
+ENCODER_GRAPHS = 16
+"""Sequences of slice grids that have a CUDA graph."""
+ENCODER_GRAPH_PATCHES = 4 * 1100
+"""Of a batch that is captured: some four slices of the published size."""

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from huoyan.planning.pieces import (
+    BESIDE_PATCHES,
+    BESIDE_PIXELS,
     CHOICE_LOGITS,
     DENSE_VALUES,
     GATHER_TOKENS,
@@ -77,9 +79,12 @@ class Workspace:
     choice: int
     prompt_logprobs: int
 
+    beside: int = 0
+    """The encoder on a stream of its own, which does not share what the others have freed."""
+
     @property
     def peak(self) -> int:
-        return max(self.encoder, self.decoder, self.logits, self.choice, self.prompt_logprobs)
+        return self.beside + max(self.encoder, self.decoder, self.logits, self.choice, self.prompt_logprobs)
 
     @property
     def total(self) -> int:
@@ -96,6 +101,7 @@ def workspace(config: ModelConfig, way: Way, limits: Limits) -> Workspace:
         logits=logits,
         choice=choice,
         prompt_logprobs=_prompt_logprobs(config, way, limits),
+        beside=_beside(config, way, limits),
     )
 
 
@@ -140,6 +146,15 @@ def encoder(config: ModelConfig, way: Way, patches: int, slices: int) -> int:
     answers = patches * (C + 2 * width) * e + queries * (width * e * 4 + 4 * config.resampler_heads)
     tiles = _flash(way, max(vision.head_dim, 128))
     return patches * held + max(patches * max(moments), answers) + tiles + MIB // 4
+
+
+def _beside(config: ModelConfig, way: Way, limits: Limits) -> int:
+    """A batch of pictures on its way beside decodes: originals, what they are resized by way of, the encoder."""
+    if not way.kernels or not limits.encoder_patches:
+        return 0
+    return 2 * BESIDE_PIXELS + encoder(
+        config, way, min(BESIDE_PATCHES, limits.encoder_patches), limits.encoder_slices
+    )
 
 
 def _kept(config: ModelConfig, way: Way, limits: Limits) -> int:
@@ -233,7 +248,7 @@ def _prompt_logprobs(config: ModelConfig, way: Way, limits: Limits) -> int:
     hidden = limits.tokens * text.hidden_size * e
     piece = min(limits.tokens * text.vocab_size, max(PROMPT_LOGITS, text.vocab_size))
     # Their log-probabilities, which are above the token's own, and those counted in int64; or the logits, twice.
-    return hidden + 4 * limits.seqs * text.vocab_size + piece * (13 + e) + MIB // 4
+    return hidden + 4 * limits.seqs * text.vocab_size + piece * 14 + MIB // 4
 
 
 def _int4(way: Way, rows: int, out: int, width: int) -> int:
