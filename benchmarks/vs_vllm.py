@@ -401,7 +401,7 @@ class Work:
         search(short)
         times = {n: sorted(search(n) for _ in range(self.sizes.repeats)) for n in (short, long)}
         middle = {n: each[len(each) // 2] for n, each in times.items()}
-        yield f"beam3_{long}_tokens_s", middle[long]
+        yield f"beam3_{long}_tokens_total_s", middle[long]
         yield "beam3_step_ms", (middle[long] - middle[short]) / (long - short) * 1e3
 
     def video(self):
