@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from huoyan.bench.rows import readable
 from huoyan.errors import InputError
 from huoyan.planning.plot import need_matplotlib
 from huoyan.planning.sizes import GIB
@@ -37,7 +38,7 @@ def draw(found: Sequence[Column], target: str | Path) -> None:
     for axes, (title, values) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         # By place, not by name: two checkpoints may be called alike.
         bars = axes.bar(range(len(values)), values, color=_COLOURS[: len(values)], width=0.6)
-        axes.bar_label(bars, fmt="%.3g", fontsize=9)
+        axes.bar_label(bars, [readable(value) for value in values], fontsize=9)
         axes.set_xticks(range(len(values)), names, fontsize=8)
         axes.set_title(title, fontsize=10)
         axes.set_yticks([])
