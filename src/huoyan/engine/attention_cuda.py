@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from huoyan.engine.batch import Batch
-    from huoyan.engine.kv_cache import KVCache
+    from huoyan.engine.kv_cache import KVCache, Stored
 
 
 class StepTensors:
@@ -57,18 +57,29 @@ class CudaAttention:
     def rotate_and_attend(self, layer: int, qkv: Tensor) -> Tensor:
         """qkv [T, (heads + 2 kv_heads) * head_dim], changed in place -> [T, heads * head_dim]."""
         keys, values = self._cache.layer(layer)
-        rope_cache(qkv, self._tensors.positions, self._table, self._tensors.slot_mapping, keys, values)
-        rows = qkv.unflatten(1, (-1, keys.shape[3]))
+        rope_cache(
+            qkv,
+            self._tensors.positions,
+            self._table,
+            self._tensors.slot_mapping,
+            keys.typed,
+            values.typed,
+            keys.scales,
+            values.scales,
+        )
+        rows = qkv.unflatten(1, (-1, keys.numbers.shape[3]))
         decodes = self._decodes
         parts = []
         if decodes:
             parts.append(
                 paged_decode(
                     rows[:decodes, : self._heads],
-                    keys,
-                    values,
+                    keys.typed,
+                    values.typed,
                     self._tensors.block_tables[:decodes],
                     self._tensors.seq_lens[:decodes],
+                    keys.scales,
+                    values.scales,
                 ).flatten(1)
             )
         if self._prefill is not None:
@@ -77,7 +88,10 @@ class CudaAttention:
 
 
 class _PrefillPlan:
-    """All prefill chunks of a step as one packed call; chunks with a past read it from the cache."""
+    """All prefill chunks of a step as one packed call; chunks with a past read it from the cache.
+
+    Where the cache has 8 bits all of them do: see `PagedAttention`.
+    """
 
     def __init__(self, cache: KVCache, batch: Batch, tensors: StepTensors) -> None:
         first = batch.num_decodes
@@ -85,11 +99,11 @@ class _PrefillPlan:
         q_lengths = np.diff(starts)
         k_lengths = batch.seq_lens[first:]
         self.max_q, self.max_k = int(q_lengths.max()), int(k_lengths.max())
-        device = cache.keys.device
+        device = cache.device
         cu = torch.tensor([starts.tolist(), [0, *accumulate(k_lengths.tolist())]], dtype=torch.int32)
         self.cu_q, self.cu_k = cu.to(device, non_blocking=True).unbind(0)
         self.slots: Tensor | None = None
-        if (k_lengths != q_lengths).any():
+        if cache.format.group or (k_lengths != q_lengths).any():
             size = cache.block_size
             slots = [
                 (table[:, None] * size + np.arange(size)).reshape(-1)[:length]
@@ -97,15 +111,15 @@ class _PrefillPlan:
             ]
             self.slots = torch.from_numpy(np.concatenate(slots)).to(device, non_blocking=True)
 
-    def attend(self, rows: Tensor, heads: int, keys: Tensor, values: Tensor) -> Tensor:
+    def attend(self, rows: Tensor, heads: int, keys: Stored, values: Stored) -> Tensor:
         """rows [T, heads + 2 kv_heads, head_dim], rotated -> [T, heads, head_dim]."""
         from torch.nn.attention.varlen import varlen_attn
 
-        kv_heads = keys.shape[2]
+        kv_heads = keys.numbers.shape[2]
         if self.slots is None:
             k, v = rows[:, heads : heads + kv_heads], rows[:, heads + kv_heads :]
         else:
-            k, v = (cache.flatten(0, 1).index_select(0, self.slots) for cache in (keys, values))
+            k, v = (stored.rows(self.slots, rows.dtype) for stored in (keys, values))
         group = heads // kv_heads
         out = varlen_attn(
             rows[:, :heads].contiguous(),

@@ -70,7 +70,7 @@ class _Graph:
         host[:, 2], host[:, 3] = -1, 1
         self._host = host.pin_memory()
         self._rows: NDArray[np.int32] = self._host.numpy()
-        self._inputs = self._host.to(cache.keys.device)
+        self._inputs = self._host.to(cache.device)
         self._graph = torch.cuda.CUDAGraph()
         self._logits: Tensor | None = None
         self._copied = torch.cuda.Event()
@@ -128,6 +128,8 @@ class _GraphAttention:
 
     def rotate_and_attend(self, layer: int, qkv: Tensor) -> Tensor:
         keys, values = self._cache.layer(layer)
-        rope_cache(qkv, self._positions, self._table, self._slots, keys, values)
-        rows = qkv.unflatten(1, (-1, keys.shape[3]))
-        return paged_decode(rows[:, : self._heads], keys, values, self._blocks, self._lengths).flatten(1)
+        stored = (keys.typed, values.typed)
+        scales = (keys.scales, values.scales)
+        rope_cache(qkv, self._positions, self._table, self._slots, *stored, *scales)
+        rows = qkv.unflatten(1, (-1, keys.numbers.shape[3]))
+        return paged_decode(rows[:, : self._heads], *stored, self._blocks, self._lengths, *scales).flatten(1)

@@ -87,9 +87,10 @@ class Engine:
             text.head_dim,
             model.dtype,
             model.device,
+            self.config.kv_cache_dtype,
         )
         graphs = None
-        if has_fused_attention(model) and not self.config.enforce_eager:
+        if has_fused_attention(model, cache.format.name) and not self.config.enforce_eager:
             from huoyan.engine.decode_graph import DecodeGraphs
 
             graphs = DecodeGraphs(model, cache, self.config.max_num_seqs, self.size.max_model_len)

@@ -38,11 +38,17 @@ class ForwardOutput:
     """Hidden states [chunk's tokens, hidden] of requests that want the prompt's log-probabilities."""
 
 
-def has_fused_attention(model: MiniCPMV) -> bool:
-    """Whether our kernels and torch's packed flash attention serve this model where it lies."""
+def has_fused_attention(model: MiniCPMV, kv_name: str = "auto") -> bool:
+    """Whether our kernels and torch's packed flash attention serve this model and cache where they lie.
+
+    `kv_name`: of the cache's `KVFormat`.
+    """
     sixteen_bits = model.dtype in (torch.float16, torch.bfloat16)
     fits = model.device.type == "cuda" and sixteen_bits and model.config.text.head_dim % 8 == 0
-    return fits and decode_kernels_enabled()
+    if not (fits and decode_kernels_enabled()):
+        return False
+    # Triton converts this type from Ada and Hopper on.
+    return kv_name != "fp8_e4m3" or torch.cuda.get_device_capability(model.device) >= (8, 9)
 
 
 class Runner:
@@ -62,8 +68,8 @@ class Runner:
         self.cache = cache
         self.pictures = pictures
         self.max_encoder_slices = max_encoder_slices
-        self.device = cache.keys.device
-        self._fused = has_fused_attention(model)
+        self.device = cache.device
+        self._fused = has_fused_attention(model, cache.format.name)
         self._graphs = graphs
         self._workspace = Workspace()
         self.copied_blocks = 0
