@@ -84,13 +84,19 @@ class TopFirst:
     def forget(self, group: Group) -> None:
         pass
 
-    def choose(self, logits: Tensor, rows: Mapping[Group, list[int]]) -> dict[Group, list[ChosenToken]]:
+    def choose(
+        self,
+        logits: Tensor,
+        rows: Mapping[Group, list[int]],
+        drafts: Mapping[Group, tuple[int, ...]] | None = None,
+    ) -> dict[Group, list[ChosenToken]]:
         chosen = {}
         for group, own in rows.items():
             if group.width > 1 and not group.in_lockstep:
                 chosen[group] = [ChosenToken(t) for t in logits[own[0]].topk(group.width).indices.tolist()]
             else:
-                assert len(own) == len(group.sequences), "a group does not move together"
+                guesses = len((drafts or {}).get(group, ()))
+                assert len(own) == len(group.sequences) + guesses, "a group does not move together"
                 chosen[group] = [ChosenToken(int(logits[row].argmax())) for row in own]
         return chosen
 

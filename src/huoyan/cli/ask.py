@@ -11,9 +11,12 @@ from huoyan.cli.options import (
     DeviceOption,
     DtypeOption,
     HubOption,
+    KVCacheDtypeOption,
     MaxModelLenOption,
     ModelOption,
     RevisionOption,
+    SpeculativeNgramOption,
+    speculative_config,
 )
 
 if TYPE_CHECKING:
@@ -62,6 +65,8 @@ def ask(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     max_model_len: MaxModelLenOption = None,
+    kv_cache_dtype: KVCacheDtypeOption = "auto",
+    speculative_ngram: SpeculativeNgramOption = None,
     system: Annotated[
         str | None,
         typer.Option("--system", help="A system message before the question.", rich_help_panel=_ANSWER),
@@ -133,6 +138,8 @@ def ask(
         device=device,
         dtype=dtype,
         max_model_len=max_model_len,
+        kv_cache_dtype=kv_cache_dtype,
+        speculative_config=speculative_config(speculative_ngram),
         max_num_seqs=max(beam or 1, 8),
     )
     sampling = {

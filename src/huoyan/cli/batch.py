@@ -13,9 +13,12 @@ from huoyan.cli.options import (
     DeviceOption,
     DtypeOption,
     HubOption,
+    KVCacheDtypeOption,
     MaxModelLenOption,
     ModelOption,
     RevisionOption,
+    SpeculativeNgramOption,
+    speculative_config,
 )
 
 if TYPE_CHECKING:
@@ -33,6 +36,8 @@ def batch(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     max_model_len: MaxModelLenOption = None,
+    kv_cache_dtype: KVCacheDtypeOption = "auto",
+    speculative_ngram: SpeculativeNgramOption = None,
     concurrency: Annotated[
         int, typer.Option("--concurrency", "-c", min=1, help="Requests that run side by side.")
     ] = 64,
@@ -78,7 +83,8 @@ def batch(
             if run.remaining:
                 llm = open_llm(
                     model, hub=hub, revision=revision, device=device, dtype=dtype,
-                    max_model_len=max_model_len, max_num_seqs=concurrency,
+                    max_model_len=max_model_len, max_num_seqs=concurrency, kv_cache_dtype=kv_cache_dtype,
+                    speculative_config=speculative_config(speculative_ngram),
                 )  # fmt: skip
                 start = time.monotonic()
                 run.run(lambda jobs: llm.run_jobs(jobs, concurrency=concurrency))

@@ -66,19 +66,30 @@ class Chooser:
         if params.structured_outputs is not None:
             self._grammars.compile(params.structured_outputs)
 
-    def choose(self, logits: Tensor, rows: Mapping[Group, list[int]]) -> dict[Group, Chosen]:
+    def choose(
+        self,
+        logits: Tensor,
+        rows: Mapping[Group, list[int]],
+        drafts: Mapping[Group, tuple[int, ...]] | None = None,
+    ) -> dict[Group, Chosen]:
         """One token for each of a group's sequences; for a beam search, the candidates of each live beam.
 
         Args:
             logits: float32 [R, vocab].
             rows: for each group the rows of its sequences, in their order. The first step of several
                 samples has one row for all of them.
+            drafts: guesses of the one sequence of some groups, which has a row before them and one after each; it
+                gets a token for every row, each as if the guesses before were right.
         """
+        drafts = drafts or {}
         out: dict[Group, Chosen] = {}
         prepared: dict[Group, list[SamplingRow]] = {}
         for group, own in rows.items():
             try:
-                prepared[group] = self._rows(group, len(own), logits.device)
+                if group in drafts:
+                    prepared[group] = self._draft_rows(group.sequences[0], drafts[group], logits.device)
+                else:
+                    prepared[group] = self._rows(group, len(own), logits.device)
             except Exception as error:  # noqa: PERF203 - one request's fault is not the others'
                 out[group] = error
         sampled = [g for g in prepared if not g.params.use_beam_search]
@@ -120,29 +131,42 @@ class Chooser:
         first_of_several = count < group.width and not group.in_lockstep and not params.use_beam_search
         rows = []
         for seq in sequences:
-            state = self._state(seq)
-            counts = grammar = None
-            if state is not None:
-                counts, grammar = state.counts, state.grammar
-                if counts is not None:
-                    counts.update(seq.output_ids)
-                if grammar is not None:
-                    grammar.update(seq.output_ids)
-            rows.append(
-                SamplingRow(
-                    params,
-                    len(seq.output_ids),
-                    stop_token_ids=seq.answer.rules.held_back if params.min_tokens else frozenset(),
-                    counts=counts,
-                    allowed=grammar.allowed(device) if grammar is not None else None,
-                    key=self._key(group, seq.index, len(seq.output_ids)) if params.temperature else 0,
-                )
-            )
+            rows.append(self._row(seq, seq.output_ids, self._state(seq), device))
         if first_of_several:
             shared = rows[0]
             fields: dict[str, Any] = {k: v for k, v in vars(shared).items() if k != "key"}
             rows = [SamplingRow(**fields, key=self._key(group, i, 0)) for i in range(group.width)]
         return rows
+
+    def _draft_rows(self, seq: Sequence, drafts: tuple[int, ...], device: torch.device) -> list[SamplingRow]:
+        """As one step after the other would have them, were the drafts right; what is kept stays as it is."""
+        state = self._state(seq)
+        rows = [self._row(seq, seq.output_ids, state, device)]
+        for i in range(1, len(drafts) + 1):
+            # The rows before hold the state they were made from.
+            state = state.fork() if state is not None else None
+            rows.append(self._row(seq, [*seq.output_ids, *drafts[:i]], state, device))
+        return rows
+
+    def _row(
+        self, seq: Sequence, output_ids: list[int], state: SequenceState | None, device: torch.device
+    ) -> SamplingRow:
+        group, params, count = seq.group, seq.group.params, len(output_ids)
+        counts = grammar = None
+        if state is not None:
+            counts, grammar = state.counts, state.grammar
+            if counts is not None:
+                counts.update(output_ids)
+            if grammar is not None:
+                grammar.update(output_ids)
+        return SamplingRow(
+            params,
+            count,
+            stop_token_ids=seq.answer.rules.held_back if params.min_tokens else frozenset(),
+            counts=counts,
+            allowed=grammar.allowed(device) if grammar is not None else None,
+            key=self._key(group, seq.index, count) if params.temperature else 0,
+        )
 
     def _key(self, group: Group, index: int, step: int) -> int:
         seed = group.params.seed

@@ -12,6 +12,7 @@ from huoyan.errors import CapacityError, InputError
 if TYPE_CHECKING:
     import torch
 
+    from huoyan.engine.speculation import NgramSpeculation
     from huoyan.models.config import ModelConfig
 
 MIB = 1 << 20
@@ -36,6 +37,8 @@ class EngineConfig:
     """On a GPU: the part of its memory that weights, cache and workspace may take together."""
     kv_cache_dtype: str = "auto"
     """auto keeps the model's dtype; int8, fp8 (fp8_e4m3) and fp8_e5m2 take half of it (see `kv_format`)."""
+    speculation: NgramSpeculation | None = None
+    """Guess tokens by prompt lookup and verify them; None for one token a step."""
     max_num_seqs: int = 128
     """Sequences that run at once (a beam search counts its width)."""
     max_num_batched_tokens: int = 2048

@@ -17,6 +17,7 @@ from huoyan.engine.kv_cache import KVCache
 from huoyan.engine.output import request_output, shown_answers
 from huoyan.engine.picture_cache import PictureCache
 from huoyan.engine.prompt_logprobs import prompt_logprobs
+from huoyan.engine.prompt_lookup import Speculator
 from huoyan.engine.runner import ForwardOutput, Runner, has_fused_attention
 from huoyan.engine.scheduler import Scheduler
 from huoyan.engine.stats import EngineStats
@@ -99,6 +100,7 @@ class Engine:
             {eos_token_id} if eos_token_id is not None else frozenset()
         )
         self._chooser = Chooser(self.config.seed, text.vocab_size, tokenizer, stops)
+        self._speculator = Speculator(self.config.speculation) if self.config.speculation else None
         self._groups: dict[str, Group] = {}
         self._steps = self._prompt_tokens = self._generated_tokens = self._preemptions = 0
         self._ended: list[RequestOutput] = []
@@ -145,6 +147,10 @@ class Engine:
         outputs, self._ended = self._ended, []
         schedule = self.scheduler.schedule()
         self._preemptions += len(schedule.preempted)
+        if self._speculator is not None:
+            # As many logits as there would be of a full batch, which needs no guesses.
+            most_rows = max(self.config.max_num_seqs, 1 + self._speculator.config.num_speculative_tokens)
+            self.scheduler.add_drafts(schedule, self._speculator.propose, most_rows)
         if schedule.pictures:
             schedule = self._encode(schedule, outputs)
         if not schedule.num_tokens:
@@ -156,7 +162,7 @@ class Engine:
             return outputs
         self.scheduler.launched(schedule)
         self._steps += 1
-        self._prompt_tokens += schedule.num_tokens - len(schedule.decodes)
+        self._prompt_tokens += sum(chunk.num_tokens for chunk in schedule.prefills)
         self._read_prompts(forward, outputs)
         self._choose(forward, outputs)
         return outputs
@@ -186,6 +192,8 @@ class Engine:
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
             preemptions=self._preemptions,
+            draft_tokens=self._speculator.drafted if self._speculator else 0,
+            accepted_tokens=self._speculator.accepted if self._speculator else 0,
         )
 
     # -- the parts of a step --------------------------------------------------------------------------------
@@ -224,9 +232,15 @@ class Engine:
     def _choose(self, forward: ForwardOutput, outputs: list[RequestOutput]) -> None:
         now = monotonic()
         rows: dict[Group, list[int]] = {}
-        for row, chunk in enumerate(forward.chunks):
-            rows.setdefault(chunk.sequence.group, []).append(row)
-        chosen = self._chooser.choose(forward.logits, rows)
+        drafts: dict[Group, tuple[int, ...]] = {}
+        row = 0
+        for chunk in forward.chunks:
+            group, count = chunk.sequence.group, 1 + len(chunk.drafts)
+            rows.setdefault(group, []).extend(range(row, row + count))
+            row += count
+            if chunk.drafts:
+                drafts[group] = chunk.drafts
+        chosen = self._chooser.choose(forward.logits, rows, drafts)
         for group, tokens in chosen.items():
             if isinstance(tokens, Exception):
                 self._fail_all({group}, tokens, outputs)
@@ -236,6 +250,8 @@ class Engine:
             try:
                 if group.beams is not None:
                     self._extend_beams(group, group.beams, cast("list[BeamCandidates]", tokens))
+                elif group in drafts:
+                    self._extend_verified(group, drafts[group], cast("list[ChosenToken]", tokens))
                 else:
                     self._extend(group, cast("list[ChosenToken]", tokens))
             except Exception as error:
@@ -254,6 +270,27 @@ class Engine:
             if seq.answer.append(token):
                 self.scheduler.finish_sequence(seq)
         if not group.sequences:
+            self._end(group)
+
+    def _extend_verified(self, group: Group, drafts: tuple[int, ...], tokens: list[ChosenToken]) -> None:
+        """Append the tokens up to the first that was not guessed: each is the one a step of its own would give."""
+        seq = group.sequences[0]
+        right = 0
+        while right < len(drafts) and tokens[right].token_id == drafts[right]:
+            right += 1
+        taken: list[int] = []
+        ended = False
+        for token in tokens[: right + 1]:
+            taken.append(token.token_id)
+            ended = seq.answer.append(token)
+            if ended:
+                break
+        self.scheduler.verified(seq, taken)
+        self._generated_tokens += len(taken)
+        assert self._speculator is not None
+        self._speculator.learn(seq, drafts, right)
+        if ended:
+            self.scheduler.finish_sequence(seq)
             self._end(group)
 
     def _extend_beams(self, group: Group, search: BeamSearch, candidates: list[BeamCandidates]) -> None:
@@ -288,6 +325,8 @@ class Engine:
     def _end(self, group: Group) -> None:
         self.scheduler.finish(group)
         self._chooser.forget(group)
+        if self._speculator is not None:
+            self._speculator.forget(group)
         del self._groups[group.request_id]
 
     def _fail_all(self, groups: set[Group], error: Exception, outputs: list[RequestOutput]) -> None:

@@ -33,7 +33,7 @@ class ForwardOutput:
     chunks: list[Chunk]
     """Those that sample, in the schedule's order."""
     logits: Tensor
-    """float32 [len(chunks), vocab], after each chunk's last token."""
+    """float32 [rows, vocab]: of each chunk after its last token, of one with drafts also before each of them."""
     prompt_hidden: list[tuple[Chunk, Tensor]] = field(default_factory=list)
     """Hidden states [chunk's tokens, hidden] of requests that want the prompt's log-probabilities."""
 
@@ -101,21 +101,18 @@ class Runner:
         """Compute a schedule whose pictures are encoded: copies, keys and values, logits."""
         self.cache.copy_blocks(schedule.copies)
         self.copied_blocks += len(schedule.copies)
-        batch = build_batch(schedule, self.cache.block_size)
-        wanted = [i for i in batch.order if batch.chunks[i].samples]
-        chunks = [batch.chunks[i] for i in wanted]
+        batch = build_batch(schedule, self.cache.block_size, draft_rows=self._fused)
+        wanted = batch.sampled_rows
         if self._graphs is not None and self._graphs.fits(batch):
             logits = self._graphs.run(batch)
-            in_order = wanted == list(range(len(wanted)))
-            return ForwardOutput(
-                chunks, logits if in_order else logits[self._to_device(np.array(wanted, np.int64))]
-            )
+            in_order = np.array_equal(wanted, np.arange(len(logits)))
+            return ForwardOutput(batch.sampling, logits if in_order else logits[self._to_device(wanted)])
         x = self.model.embed(self._to_device(batch.token_ids))
         if schedule.prefills:
             self._place_pictures(batch, x)
         hidden = self.model.decoder(x, self._to_device(batch.positions), self._attention(batch, x.dtype))
-        rows = self._to_device(batch.last_rows[np.array(wanted, np.int64)])
-        out = ForwardOutput(chunks, self.model.logits(hidden.index_select(0, rows)))
+        rows = self._to_device(wanted)
+        out = ForwardOutput(batch.sampling, self.model.logits(hidden.index_select(0, rows)))
         for i in range(batch.num_decodes, len(batch.chunks)):
             group = batch.chunks[i].sequence.group
             if group.params.prompt_logprobs is not None and batch.chunks[i].start < group.prompt_len:
