@@ -22,7 +22,7 @@ from typing import Any
 _ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(_ROOT / "src")]
 
-ANSWER = 160
+ANSWER = 120
 
 
 def scripts() -> dict[str, tuple[list[int], list[int]]]:
