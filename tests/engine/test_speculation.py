@@ -152,18 +152,28 @@ def test_repetitions_take_fewer_steps(model: MiniCPMV) -> None:
     assert engine.stats().accepted_tokens == 59 - 10
 
 
-def test_useless_drafts_are_given_up(model: MiniCPMV, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("run_ahead", [False, True])
+def test_useless_drafts_are_given_up(
+    model: MiniCPMV, monkeypatch: pytest.MonkeyPatch, run_ahead: bool
+) -> None:
+    """And between two of them the engine runs ahead again, where it may."""
     monkeypatch.setattr(PromptLookup, "find", lambda self, most: [88] * most)
     params = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True, logit_bias={88: -100.0})
-    config = EngineConfig(num_blocks=80, block_size=4)
+    config = EngineConfig(num_blocks=80, block_size=4, run_ahead=run_ahead)
     engine = Engine(model, speculating(config, 8))
     one = request("r", [7, 8, 9], params)
+    ahead = []
+    launch = engine._launch
+    monkeypatch.setattr(
+        engine, "_launch", lambda before, out: (before and ahead.append(1)) or launch(before, out)
+    )
     assert_same(drive(engine, [one])["r"], drive(Engine(model, config), [one])["r"])
     stats = engine.stats()
     assert stats.steps == 200
     # 8, 4 and 2 tokens, then one at a time, 8, 16, 32, 64 and 64 tokens apart.
     assert stats.draft_tokens == 8 + 4 + 2 + 5
     assert not stats.accepted_tokens
+    assert bool(ahead) == run_ahead
 
 
 def test_structured_answers_and_stop_strings(tmp_path: Path, seed: int) -> None:
@@ -274,6 +284,7 @@ def test_drafts_in_a_batch(seed: int, draft_rows: bool) -> None:
             seq: Any = SimpleNamespace(
                 block_table=[100 * i + b for b in range(-(-(n + len(drafts)) // 4))],
                 output_ids=known[n - 1 :],
+                num_known=n,
                 group=SimpleNamespace(prompt_len=n - 1),
                 token_ids=lambda a, b, known=known: np.array(known[a:b], np.int64),
             )

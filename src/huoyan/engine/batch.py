@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from huoyan.engine.schedule import Schedule
+    from huoyan.engine.sequence import Sequence
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,9 @@ class Batch:
     chunks: list[Chunk]
     num_decodes: int
     token_ids: NDArray[np.int64]
-    """[T]"""
+    """[T]; 0 where the token is still in flight."""
+    in_flight: list[Sequence | None]
+    """[num_decodes] sequences whose token the host does not know yet."""
     positions: NDArray[np.int64]
     """[T]"""
     slot_mapping: NDArray[np.int64]
@@ -77,7 +80,9 @@ def build_batch(schedule: Schedule, block_size: int, draft_rows: bool = False) -
     owner = np.repeat(np.arange(len(chunks)), lengths)
     positions = np.arange(cu_seqlens_q[-1]) - np.repeat(cu_seqlens_q[:-1] - starts, lengths)
     slot_mapping = block_tables[owner, positions // block_size] * block_size + positions % block_size
-    token_ids = _token_ids(chunks, num_decodes)
+    decodes = chunks[:num_decodes]
+    in_flight = [c.sequence if _is_late(c) else None for c in decodes]
+    token_ids = _token_ids(chunks, in_flight)
     last_row = {
         (id(chunk.sequence), chunk.end): row
         for chunk, row in zip(chunks, (cu_seqlens_q[1:] - 1).tolist(), strict=True)
@@ -95,6 +100,7 @@ def build_batch(schedule: Schedule, block_size: int, draft_rows: bool = False) -
         chunks,
         num_decodes,
         token_ids,
+        in_flight,
         positions,
         slot_mapping,
         cu_seqlens_q,
@@ -113,12 +119,19 @@ def _apart(chunk: Chunk) -> list[Chunk]:
     ]
 
 
-def _token_ids(chunks: list[Chunk], num_decodes: int) -> NDArray[np.int64]:
-    last = np.array([_token_at(chunk) for chunk in chunks[:num_decodes]], np.int64)
-    if num_decodes == len(chunks):
+def _is_late(chunk: Chunk) -> bool:
+    """Whether the token of a decode is still in flight."""
+    return not chunk.drafts and chunk.start >= chunk.sequence.num_known
+
+
+def _token_ids(chunks: list[Chunk], in_flight: list[Sequence | None]) -> NDArray[np.int64]:
+    last = np.array(
+        [0 if late else _token_at(chunk) for chunk, late in zip(chunks, in_flight, strict=False)], np.int64
+    )
+    if len(in_flight) == len(chunks):
         return last
     rest: list[NDArray[np.int64]] = []
-    for chunk in chunks[num_decodes:]:
+    for chunk in chunks[len(in_flight) :]:
         rest.append(chunk.sequence.token_ids(chunk.start, chunk.end - len(chunk.drafts)))
         if chunk.drafts:
             rest.append(np.array(chunk.drafts, np.int64))

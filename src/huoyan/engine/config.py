@@ -51,6 +51,9 @@ class EngineConfig:
     """Keep computed blocks for later requests that begin alike."""
     enforce_eager: bool = False
     """No CUDA graphs: each kernel of a decode step is launched by the host."""
+    run_ahead: bool | None = None
+    """Launch a step before the host has seen the tokens of the one before. None: where the device runs beside
+    the host and our kernels serve it."""
     seed: int = 0
     """For requests without a seed of their own."""
 

@@ -13,6 +13,7 @@ from huoyan.engine.beam import BeamSearch
 from huoyan.engine.block_pool import BlockPool
 from huoyan.engine.chooser import Chooser
 from huoyan.engine.config import CacheSize, EngineConfig, size_cache
+from huoyan.engine.in_flight import InFlight
 from huoyan.engine.kv_cache import KVCache
 from huoyan.engine.output import request_output, shown_answers
 from huoyan.engine.picture_cache import PictureCache
@@ -101,6 +102,12 @@ class Engine:
         )
         self._chooser = Chooser(self.config.seed, text.vocab_size, tokenizer, stops)
         self._speculator = Speculator(self.config.speculation) if self.config.speculation else None
+        self.run_ahead = (
+            has_fused_attention(model, cache.format.name)
+            if self.config.run_ahead is None
+            else self.config.run_ahead
+        )
+        self._in_flight: InFlight | None = None
         self._groups: dict[str, Group] = {}
         self._steps = self._prompt_tokens = self._generated_tokens = self._preemptions = 0
         self._ended: list[RequestOutput] = []
@@ -143,8 +150,37 @@ class Engine:
         return bool(self._groups or self._ended)
 
     def step(self) -> list[RequestOutput]:
-        """Schedule, encode pictures, forward, choose tokens. One request's fault ends that request only."""
+        """Schedule, encode pictures, forward, choose tokens. One request's fault ends that request only.
+
+        Where the engine runs ahead, the step is launched before the tokens of the one before it are looked at,
+        and its own outputs come with the next call.
+        """
         outputs, self._ended = self._ended, []
+        before, self._in_flight = self._in_flight, None
+        if before is not None and not self._may_run_ahead():
+            self._land(before, outputs)
+            before = None
+        launched = self._launch(before, outputs)
+        if before is not None:
+            self._land(before, outputs)
+        if launched is not None and self.run_ahead and self._may_run_ahead():
+            self._in_flight = launched
+        elif launched is not None:
+            self._land(launched, outputs)
+        return outputs
+
+    def _may_run_ahead(self) -> bool:
+        """Whether the next step can be launched before the host knows the tokens of this one.
+
+        One group that cannot keeps all in step: it would take every second step only. So does one whose tokens
+        are guessed, until its guesses keep failing.
+        """
+        running = self.scheduler.running
+        guessing = self._speculator is not None and any(map(self._speculator.is_guessing, running))
+        return not guessing and not any(group.needs_host for group in running)
+
+    def _launch(self, before: InFlight | None, outputs: list[RequestOutput]) -> InFlight | None:
+        """Hand a step to the device; None where there is nothing to do."""
         schedule = self.scheduler.schedule()
         self._preemptions += len(schedule.preempted)
         if self._speculator is not None:
@@ -154,24 +190,33 @@ class Engine:
         if schedule.pictures:
             schedule = self._encode(schedule, outputs)
         if not schedule.num_tokens:
-            return outputs
+            return None
         try:
-            forward = self.runner.forward(schedule)
+            forward = self.runner.forward(schedule, before)
         except Exception as error:
             self._fail_all({chunk.sequence.group for chunk in schedule.chunks}, error, outputs)
-            return outputs
+            return None
         self.scheduler.launched(schedule)
         self._steps += 1
         self._prompt_tokens += sum(chunk.num_tokens for chunk in schedule.prefills)
-        self._read_prompts(forward, outputs)
-        self._choose(forward, outputs)
-        return outputs
+        self._read_prompts(forward)
+        rows: dict[Group, list[int]] = {}
+        drafts: dict[Group, tuple[int, ...]] = {}
+        row = 0
+        for chunk in forward.chunks:
+            group, count = chunk.sequence.group, 1 + len(chunk.drafts)
+            rows.setdefault(group, []).extend(range(row, row + count))
+            row += count
+            if chunk.drafts:
+                drafts[group] = chunk.drafts
+        return InFlight.of(self._chooser.choose(forward.logits, rows, before, drafts), rows, drafts)
 
     def close(self) -> None:
         """Free the device's memory. The engine cannot be used afterwards."""
         for request_id in list(self._groups):
             self.abort_request(request_id)
         self._ended.clear()
+        self._in_flight = None
         self.pictures.clear()
         del self.runner, self.model
         if torch.cuda.is_available():
@@ -211,7 +256,7 @@ class Engine:
             self._fail_all({group}, error, outputs)
         return schedule.without(set(hit))
 
-    def _read_prompts(self, forward: ForwardOutput, outputs: list[RequestOutput]) -> None:
+    def _read_prompts(self, forward: ForwardOutput) -> None:
         for chunk, hidden in forward.prompt_hidden:
             group = chunk.sequence.group
             entries = group.prompt_logprobs
@@ -229,19 +274,17 @@ class Engine:
             )
             entries[chunk.start + 1 : end + 1] = found
 
-    def _choose(self, forward: ForwardOutput, outputs: list[RequestOutput]) -> None:
+    def _land(self, step: InFlight, outputs: list[RequestOutput]) -> None:
+        """Learn a launched step's tokens. Requests and sequences that ended meanwhile have no use for theirs."""
+        try:
+            chosen = step.choice.read()
+        except Exception as error:
+            self._fail_all({group for group in step.sequences if not group.finished}, error, outputs)
+            return
         now = monotonic()
-        rows: dict[Group, list[int]] = {}
-        drafts: dict[Group, tuple[int, ...]] = {}
-        row = 0
-        for chunk in forward.chunks:
-            group, count = chunk.sequence.group, 1 + len(chunk.drafts)
-            rows.setdefault(group, []).extend(range(row, row + count))
-            row += count
-            if chunk.drafts:
-                drafts[group] = chunk.drafts
-        chosen = self._chooser.choose(forward.logits, rows, drafts)
         for group, tokens in chosen.items():
+            if group.finished:
+                continue
             if isinstance(tokens, Exception):
                 self._fail_all({group}, tokens, outputs)
                 continue
@@ -250,8 +293,8 @@ class Engine:
             try:
                 if group.beams is not None:
                     self._extend_beams(group, group.beams, cast("list[BeamCandidates]", tokens))
-                elif group in drafts:
-                    self._extend_verified(group, drafts[group], cast("list[ChosenToken]", tokens))
+                elif group in step.drafts:
+                    self._extend_verified(group, step.drafts[group], cast("list[ChosenToken]", tokens))
                 else:
                     self._extend(group, cast("list[ChosenToken]", tokens))
             except Exception as error:

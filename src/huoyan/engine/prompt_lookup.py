@@ -122,6 +122,13 @@ class Speculator:
                 return draft[:i]
         return draft
 
+    def is_guessing(self, group: Group) -> bool:
+        """Whether the group's next step may verify guesses: then the host must know its tokens first."""
+        if group.width > 1:
+            return False
+        state = self._states.get(group)
+        return state is None or state[1].length(len(group.sequences[0].output_ids)) > 0
+
     def learn(self, seq: EngineSequence, drafted: Sequence[int], right: int) -> None:
         """The first `right` tokens of a draft were right; `seq` has them."""
         self.drafted += len(drafted)

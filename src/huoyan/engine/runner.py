@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from huoyan.engine.decode_graph import DecodeGraphs
+    from huoyan.engine.in_flight import InFlight
     from huoyan.engine.kv_cache import KVCache
     from huoyan.engine.picture_cache import PictureCache
     from huoyan.engine.schedule import Chunk, Schedule
@@ -97,17 +98,24 @@ class Runner:
         return failed
 
     @torch.inference_mode()
-    def forward(self, schedule: Schedule) -> ForwardOutput:
-        """Compute a schedule whose pictures are encoded: copies, keys and values, logits."""
+    def forward(self, schedule: Schedule, before: InFlight | None = None) -> ForwardOutput:
+        """Compute a schedule whose pictures are encoded: copies, keys and values, logits.
+
+        `before`: the step whose tokens are not known yet, where there is one.
+        """
         self.cache.copy_blocks(schedule.copies)
         self.copied_blocks += len(schedule.copies)
         batch = build_batch(schedule, self.cache.block_size, draft_rows=self._fused)
         wanted = batch.sampled_rows
+        late = self._late(batch, before)
         if self._graphs is not None and self._graphs.fits(batch):
-            logits = self._graphs.run(batch)
+            logits = self._graphs.run(batch, late)
             in_order = np.array_equal(wanted, np.arange(len(logits)))
             return ForwardOutput(batch.sampling, logits if in_order else logits[self._to_device(wanted)])
-        x = self.model.embed(self._to_device(batch.token_ids))
+        token_ids = self._to_device(batch.token_ids)
+        if late is not None:
+            token_ids = token_ids.index_copy(0, *late)
+        x = self.model.embed(token_ids)
         if schedule.prefills:
             self._place_pictures(batch, x)
         hidden = self.model.decoder(x, self._to_device(batch.positions), self._attention(batch, x.dtype))
@@ -119,6 +127,15 @@ class Runner:
                 first, last = batch.cu_seqlens_q[i : i + 2].tolist()
                 out.prompt_hidden.append((batch.chunks[i], hidden[first:last]))
         return out
+
+    def _late(self, batch: Batch, before: InFlight | None) -> tuple[Tensor, Tensor] | None:
+        """The batch's tokens that only the device knows: their rows and their ids, int64 [N] each."""
+        sequences = [seq for seq in batch.in_flight if seq is not None]
+        if not sequences:
+            return None
+        assert before is not None
+        rows = [i for i, seq in enumerate(batch.in_flight) if seq is not None]
+        return self._to_device(np.array(rows, np.int64)), before.tokens(sequences)
 
     def _attention(self, batch: Batch, dtype: torch.dtype) -> Attend:
         if not self._fused:
