@@ -97,6 +97,7 @@ class Engine:
 
             graphs = DecodeGraphs(model, cache, self.config.max_num_seqs, self.size.max_model_len)
         self.runner = Runner(model, cache, self.pictures, self.config.max_encoder_slices, graphs=graphs)
+        self.scheduler.encodes_beside = self.runner.encoder.runs_beside
         stops = frozenset(self._stop_token_ids) | (
             {eos_token_id} if eos_token_id is not None else frozenset()
         )
@@ -241,6 +242,11 @@ class Engine:
             accepted_tokens=self._speculator.accepted if self._speculator else 0,
         )
 
+    @property
+    def takes_originals(self) -> bool:
+        """Whether pictures that nobody has resized yet are welcome: the device does that."""
+        return self.runner.encoder.takes_originals
+
     # -- the parts of a step --------------------------------------------------------------------------------
 
     def _encode(self, schedule: Schedule, outputs: list[RequestOutput]) -> Schedule:
@@ -248,10 +254,10 @@ class Engine:
         if not failed:
             return schedule
         hit = {}
-        for chunk in schedule.chunks:
-            for use in chunk.sequence.group.pictures:
-                if use.key in failed and use.key in chunk.sequence.group.pinned:
-                    hit[chunk.sequence.group] = failed[use.key]
+        for group in self.scheduler.running:
+            for use in group.pictures:
+                if use.key in failed and use.key in group.pinned:
+                    hit[group] = failed[use.key]
         for group, error in hit.items():
             self._fail_all({group}, error, outputs)
         return schedule.without(set(hit))
@@ -396,9 +402,9 @@ class Engine:
             )
         query_num = self.model.config.query_num
         for picture, slot in zip(request.pictures, prompt.slots, strict=True):
-            if not 0 < len(picture.slices) == len(slot.offsets) or slot.length != query_num:
+            if not 0 < picture.num_slices == len(slot.offsets) or slot.length != query_num:
                 raise InputError(
-                    f"a picture of {len(picture.slices)} slices of {query_num} embeddings does not fit its "
+                    f"a picture of {picture.num_slices} slices of {query_num} embeddings does not fit its "
                     f"place in the prompt ({len(slot.offsets)} runs of {slot.length} tokens)"
                 )
             if any(not 0 <= o <= len(prompt.token_ids) - slot.length for o in slot.offsets):

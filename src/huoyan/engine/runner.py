@@ -10,7 +10,9 @@ import torch
 
 from huoyan.engine.attention import PagedAttention, Workspace
 from huoyan.engine.batch import Batch, build_batch
+from huoyan.engine.picture_encoder import PictureEncoder
 from huoyan.kernels import decode_kernels_enabled
+from huoyan.layers.packed_attention import to_device
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -69,6 +71,7 @@ class Runner:
         self.cache = cache
         self.pictures = pictures
         self.max_encoder_slices = max_encoder_slices
+        self.encoder = PictureEncoder(model, max_encoder_slices, graphs=graphs is not None)
         self.device = cache.device
         self._fused = has_fused_attention(model, cache.format.name)
         self._graphs = graphs
@@ -152,26 +155,17 @@ class Runner:
         parts: list[list[PreparedPicture]] = []
         room = 0
         for picture in pictures:
-            if len(picture.slices) > room:
+            if picture.num_slices > room:
                 parts.append([])
                 room = self.max_encoder_slices
             parts[-1].append(picture)
-            room -= len(picture.slices)
+            room -= picture.num_slices
         return parts
 
     def _encode(self, pictures: list[PreparedPicture]) -> None:
-        slices = [piece for picture in pictures for piece in picture.slices]
-        # A picture of more slices than the limit goes in parts of its own.
-        step = self.max_encoder_slices
-        parts = [self.model.encode_slices(slices[i : i + step]) for i in range(0, len(slices), step)]
-        embeddings = parts[0] if len(parts) == 1 else torch.cat(parts)
-        first = 0
-        for picture in pictures:
-            last = first + len(picture.slices)
-            # A copy, so that dropping one picture frees its memory.
-            own = embeddings if len(pictures) == 1 else embeddings[first:last].clone()
-            self.pictures.put(picture.key, own)
-            first = last
+        encoded, ready = self.encoder.encode(pictures)
+        for picture, embeddings in zip(pictures, encoded, strict=True):
+            self.pictures.put(picture.key, embeddings, ready)
 
     def _place_pictures(self, batch: Batch, x: Tensor) -> None:
         """Overwrite the placeholder rows of `x: [T, hidden]` with the rows of the slices they stand for."""
@@ -192,4 +186,4 @@ class Runner:
                     x.index_copy_(0, self._to_device(np.concatenate(targets)), rows.to(x.dtype))
 
     def _to_device(self, array: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> Tensor:
-        return torch.from_numpy(array).to(self.device, non_blocking=True)
+        return to_device(torch.from_numpy(array), self.device)
