@@ -122,7 +122,7 @@ def test_a_token_that_cannot_be_chosen_ends_its_request_only(model: MiniCPMV) ->
     engine = Engine(model, EngineConfig(num_blocks=100))
 
     class Moody(TopFirst):
-        def choose(self, logits, rows, before=None):  # type: ignore[no-untyped-def]
+        def choose(self, logits, rows, before=None, drafts=None):  # type: ignore[no-untyped-def]
             chosen = super().choose(logits, rows, before).read()
             bad = InputError("no token is allowed here")
             return Known({g: bad if g.request_id == "bad" else c for g, c in chosen.items()})
@@ -312,7 +312,7 @@ def test_the_cache_of_a_cpu_is_bounded_and_takes_no_memory_before_it_is_used(
     model: MiniCPMV, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("HUOYAN_CPU_KV_MB", raising=False)
-    monkeypatch.setattr("huoyan.engine.config.total_memory", lambda: 1 << 20)
+    monkeypatch.setattr("huoyan.engine.sizing.total_memory", lambda: 1 << 20)
     small = Engine(model).size
     assert small.total_bytes <= (1 << 20) // 4
     monkeypatch.undo()

@@ -10,6 +10,7 @@ import typer
 from huoyan.cli.options import (
     DeviceOption,
     DtypeOption,
+    GpuMemoryOption,
     HubOption,
     KVCacheDtypeOption,
     MaxModelLenOption,
@@ -67,6 +68,7 @@ def ask(
     max_model_len: MaxModelLenOption = None,
     kv_cache_dtype: KVCacheDtypeOption = "auto",
     speculative_ngram: SpeculativeNgramOption = None,
+    gpu_memory: GpuMemoryOption = None,
     system: Annotated[
         str | None,
         typer.Option("--system", help="A system message before the question.", rich_help_panel=_ANSWER),
@@ -140,6 +142,7 @@ def ask(
         max_model_len=max_model_len,
         kv_cache_dtype=kv_cache_dtype,
         speculative_config=speculative_config(speculative_ngram),
+        gpu_memory=gpu_memory,
         max_num_seqs=max(beam or 1, 8),
     )
     sampling = {

@@ -12,6 +12,7 @@ import typer
 from huoyan.cli.options import (
     DeviceOption,
     DtypeOption,
+    GpuMemoryOption,
     HubOption,
     KVCacheDtypeOption,
     MaxModelLenOption,
@@ -38,6 +39,7 @@ def batch(
     max_model_len: MaxModelLenOption = None,
     kv_cache_dtype: KVCacheDtypeOption = "auto",
     speculative_ngram: SpeculativeNgramOption = None,
+    gpu_memory: GpuMemoryOption = None,
     concurrency: Annotated[
         int, typer.Option("--concurrency", "-c", min=1, help="Requests that run side by side.")
     ] = 64,
@@ -83,8 +85,8 @@ def batch(
             if run.remaining:
                 llm = open_llm(
                     model, hub=hub, revision=revision, device=device, dtype=dtype,
-                    max_model_len=max_model_len, max_num_seqs=concurrency, kv_cache_dtype=kv_cache_dtype,
-                    speculative_config=speculative_config(speculative_ngram),
+                    max_model_len=max_model_len, max_num_seqs=concurrency, gpu_memory=gpu_memory,
+                    kv_cache_dtype=kv_cache_dtype, speculative_config=speculative_config(speculative_ngram),
                 )  # fmt: skip
                 start = time.monotonic()
                 run.run(lambda jobs: llm.run_jobs(jobs, concurrency=concurrency))

@@ -12,6 +12,7 @@ import torch
 from huoyan.engine.kv_format import kv_format
 from huoyan.errors import UnsupportedError
 from huoyan.layers.kv_numbers import STORED_AS, dequantize, quantize
+from huoyan.planning.pieces import COPIED_BLOCKS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -116,9 +117,11 @@ class KVCache:
         """Copy whole blocks (source, destination) in all layers. No destination may be a source."""
         if not pairs:
             return
-        sources, targets = (torch.tensor(side, device=self.device) for side in zip(*pairs, strict=True))
-        for tensor in (*self.keys.tensors, *self.values.tensors):
-            tensor.index_copy_(1, targets, tensor.index_select(1, sources))
+        for first in range(0, len(pairs), COPIED_BLOCKS):
+            part = zip(*pairs[first : first + COPIED_BLOCKS], strict=True)
+            sources, targets = (torch.tensor(side, device=self.device) for side in part)
+            for tensor in (*self.keys.tensors, *self.values.tensors):
+                tensor.index_copy_(1, targets, tensor.index_select(1, sources))
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

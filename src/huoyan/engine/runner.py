@@ -46,12 +46,16 @@ def has_fused_attention(model: MiniCPMV, kv_name: str = "auto") -> bool:
 
     `kv_name`: of the cache's `KVFormat`.
     """
-    sixteen_bits = model.dtype in (torch.float16, torch.bfloat16)
-    fits = model.device.type == "cuda" and sixteen_bits and model.config.text.head_dim % 8 == 0
-    if not (fits and decode_kernels_enabled()):
+    return fuses_attention(model.device, model.dtype, model.config.text.head_dim, kv_name)
+
+
+def fuses_attention(device: torch.device, dtype: torch.dtype, head_dim: int, kv_name: str = "auto") -> bool:
+    """The same of a model that is not there yet."""
+    sixteen_bits = dtype in (torch.float16, torch.bfloat16)
+    if not (device.type == "cuda" and sixteen_bits and head_dim % 8 == 0 and decode_kernels_enabled()):
         return False
     # Triton converts this type from Ada and Hopper on.
-    return kv_name != "fp8_e4m3" or torch.cuda.get_device_capability(model.device) >= (8, 9)
+    return kv_name != "fp8_e4m3" or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 class Runner:
@@ -63,6 +67,7 @@ class Runner:
         cache: KVCache,
         pictures: PictureCache,
         max_encoder_slices: int,
+        max_encoder_patches: int,
         *,
         graphs: DecodeGraphs | None = None,
     ) -> None:
@@ -71,7 +76,9 @@ class Runner:
         self.cache = cache
         self.pictures = pictures
         self.max_encoder_slices = max_encoder_slices
-        self.encoder = PictureEncoder(model, max_encoder_slices, graphs=graphs is not None)
+        self.encoder = PictureEncoder(
+            model, max_encoder_slices, max_encoder_patches, graphs=graphs is not None
+        )
         self.device = cache.device
         self._fused = has_fused_attention(model, cache.format.name)
         self._graphs = graphs
@@ -83,7 +90,7 @@ class Runner:
     def encode(self, pictures: Sequence[PreparedPicture]) -> dict[bytes, Exception]:
         """Encode pictures into the cache, several at once. Returns those that failed, by key."""
         failed: dict[bytes, Exception] = {}
-        for together in self._split(pictures):
+        for together in self.encoder.together(pictures):
             try:
                 self._encode(together)
             except Exception as error:  # noqa: PERF203
@@ -150,17 +157,6 @@ class Runner:
         return CudaAttention(
             self.cache, batch, StepTensors(batch, self.device), table, text.num_attention_heads
         )
-
-    def _split(self, pictures: Sequence[PreparedPicture]) -> list[list[PreparedPicture]]:
-        parts: list[list[PreparedPicture]] = []
-        room = 0
-        for picture in pictures:
-            if picture.num_slices > room:
-                parts.append([])
-                room = self.max_encoder_slices
-            parts[-1].append(picture)
-            room -= picture.num_slices
-        return parts
 
     def _encode(self, pictures: list[PreparedPicture]) -> None:
         encoded, ready = self.encoder.encode(pictures)
