@@ -12,9 +12,12 @@ from huoyan.cli.options import (
     DtypeOption,
     GpuMemoryOption,
     HubOption,
+    KVCacheDtypeOption,
     MaxModelLenOption,
     ModelOption,
     RevisionOption,
+    SpeculativeNgramOption,
+    speculative_config,
 )
 
 if TYPE_CHECKING:
@@ -63,6 +66,8 @@ def ask(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     max_model_len: MaxModelLenOption = None,
+    kv_cache_dtype: KVCacheDtypeOption = "auto",
+    speculative_ngram: SpeculativeNgramOption = None,
     gpu_memory: GpuMemoryOption = None,
     system: Annotated[
         str | None,
@@ -135,6 +140,8 @@ def ask(
         device=device,
         dtype=dtype,
         max_model_len=max_model_len,
+        kv_cache_dtype=kv_cache_dtype,
+        speculative_config=speculative_config(speculative_ngram),
         gpu_memory=gpu_memory,
         max_num_seqs=max(beam or 1, 8),
     )

@@ -14,9 +14,12 @@ from huoyan.cli.options import (
     DtypeOption,
     GpuMemoryOption,
     HubOption,
+    KVCacheDtypeOption,
     MaxModelLenOption,
     ModelOption,
     RevisionOption,
+    SpeculativeNgramOption,
+    speculative_config,
 )
 
 if TYPE_CHECKING:
@@ -34,6 +37,8 @@ def batch(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     max_model_len: MaxModelLenOption = None,
+    kv_cache_dtype: KVCacheDtypeOption = "auto",
+    speculative_ngram: SpeculativeNgramOption = None,
     gpu_memory: GpuMemoryOption = None,
     concurrency: Annotated[
         int, typer.Option("--concurrency", "-c", min=1, help="Requests that run side by side.")
@@ -81,6 +86,7 @@ def batch(
                 llm = open_llm(
                     model, hub=hub, revision=revision, device=device, dtype=dtype,
                     max_model_len=max_model_len, max_num_seqs=concurrency, gpu_memory=gpu_memory,
+                    kv_cache_dtype=kv_cache_dtype, speculative_config=speculative_config(speculative_ngram),
                 )  # fmt: skip
                 start = time.monotonic()
                 run.run(lambda jobs: llm.run_jobs(jobs, concurrency=concurrency))
