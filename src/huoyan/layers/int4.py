@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
@@ -10,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from huoyan.kernels import decode_kernels_enabled
+from huoyan.layers.blocks import linear_by_blocks
 
 _CPU_GROUPS = (32, 64, 128, 256)
-_DENSE_VALUES = 64 * 1024 * 1024
-"""At most this many values of a matrix are dequantized at a time."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,7 @@ class Int4Linear(nn.Module):
         elif self.packing == "words":
             out = self._by_kernel(rows)
         else:
-            out = self._by_blocks(rows, self.weight_rows)
+            out = linear_by_blocks(rows, self.width_out, self.weight_rows, self.bias)
         return cast(Tensor, out).view(*x.shape[:-1], self.width_out)
 
     def _by_kernel(self, x: Tensor) -> Tensor:
@@ -117,16 +115,7 @@ class Int4Linear(nn.Module):
             part = slice(start, stop)
             return kernel.dequantize(self.packed[part], self.scales[part], self.zeros[part], x.dtype)
 
-        return self._by_blocks(x, dense)
-
-    def _by_blocks(self, x: Tensor, dense: Callable[[int, int], Tensor]) -> Tensor:
-        rows = max(_DENSE_VALUES // self.width_in, 1)
-        parts = []
-        for start in range(0, self.width_out, rows):
-            stop = min(start + rows, self.width_out)
-            bias = None if self.bias is None else self.bias[start:stop]
-            parts.append(nn.functional.linear(x, dense(start, stop), bias))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        return linear_by_blocks(x, self.width_out, dense, self.bias)
 
     def weight_rows(self, start: int, stop: int) -> Tensor:
         """Rows start to stop of the dense weight, from the bytes packing."""
