@@ -25,7 +25,8 @@ from huoyan.models.weights import load_model
 from huoyan.quantize import run as run_module
 from huoyan.quantize.awq import SHRINKS, LayerInputs, best_shrink
 from huoyan.quantize.calibration import CalibrationItem, read_calibration
-from huoyan.quantize.rounding import fake_quantize
+from huoyan.quantize.compensate import gram, round_compensated
+from huoyan.quantize.rounding import fake_quantize, round_to_int4
 from huoyan.quantize.run import quantize
 from tests.models.small import small_model, write_checkpoint
 from tests.models.test_forward import causal
@@ -403,3 +404,44 @@ def test_a_stopped_run_with_another_head_is_not_gone_on_with(
     report = quantize(source, tmp_path / "out", quantize_head="int8", note=said.append, **common)
     assert report.resumed_layers == 0
     assert "thrown away" in said[0]
+
+
+def test_compensated_rounding_is_nearer_in_its_products(seed: int) -> None:
+    """Inputs that go together are where one weight can make up for another."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(600, 16, generator=g) @ torch.randn(16, 128, generator=g) + torch.randn(
+        600, 128, generator=g
+    )
+    weight = torch.randn(24, 128, generator=g)
+    plain, nearer = round_to_int4(weight, 32), round_compensated(weight, gram(x), 32)
+    errors = [float(((w.dequantize() - weight) @ x.T).square().sum()) for w in (plain, nearer)]
+    assert errors[1] < 0.7 * errors[0]
+    assert nearer.q.max() <= 15
+    assert torch.equal(nearer.scales, nearer.scales.half().float())
+
+
+def test_compensated_rounding_of_inputs_apart_is_plain(seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    weight = torch.randn(24, 64, generator=g)
+    shrink = torch.rand(24, 2, generator=g) / 2 + 0.5
+    plain = round_to_int4(weight, 32, shrink)
+    apart = round_compensated(weight, torch.diag(torch.rand(64, generator=g) + 0.5), 32, shrink)
+    assert torch.equal(apart.q, plain.q)
+    assert torch.equal(apart.zeros, plain.zeros)
+
+
+def test_dead_inputs_can_be_inverted(seed: int) -> None:
+    x = torch.randn(10, 64, generator=torch.Generator().manual_seed(seed))
+    x[:, 5:40] = 0
+    weight = round_compensated(torch.randn(8, 64, generator=torch.Generator().manual_seed(seed)), gram(x), 32)
+    assert torch.isfinite(weight.dequantize()).all()
+
+
+def test_compensated_checkpoint_costs_less(
+    source: Path, items: list[CalibrationItem], results: dict[str, run_module.QuantizeReport], tmp_path: Path
+) -> None:
+    common = {"group_size": 64, "calibration": items, "device": "cpu"}
+    report = quantize(source, tmp_path / "out", compensate=True, **common)
+    pairs = list(zip(report.layers, results["awq"].layers, strict=True))
+    assert sum(a["relative_error"] for a, _ in pairs) < sum(b["relative_error"] for _, b in pairs)
+    assert sum(isinstance(m, Int4Linear) for m in load_model(open_checkpoint(report.folder)).modules()) == 8

@@ -45,6 +45,14 @@ def quantize(
     clip: Annotated[
         bool, typer.Option("--clip/--no-clip", help="Let awq clip outliers.", rich_help_panel=_HOW)
     ] = True,
+    compensate: Annotated[
+        bool,
+        typer.Option(
+            "--compensate/--no-compensate",
+            help="Round so that later inputs make up for earlier ones: nearer, slower.",
+            rich_help_panel=_HOW,
+        ),
+    ] = False,
     quantize_head: Annotated[
         str,
         typer.Option(
@@ -95,6 +103,7 @@ def quantize(
             max_tokens=max_tokens,
             clip=clip,
             modules=modules,
+            compensate=compensate,
             quantize_head=quantize_head,
             step=bar.show,
             note=dim,

@@ -92,6 +92,7 @@ def quantize(
     device: str | torch.device | None = None,
     max_tokens: int = 1024,
     clip: bool = True,
+    compensate: bool = False,
     modules: str | Sequence[str] = tuple(MODULES),
     quantize_head: str | None = None,
     step: Step | None = None,
@@ -110,6 +111,8 @@ def quantize(
         device: where to compute; by default a CUDA device where there is one.
         max_tokens: calibration prompts longer than this are left out.
         clip: whether "awq" also shrinks the groups' ranges.
+        compensate: rounds one input of a matrix after the other, the later ones making up for the earlier ones
+            (GPTQ's update; the layout is the same). Nearer to the float model, and slower.
         modules: which of "qkv", "o", "gate_up" and "down", as names or one text with commas; the rest stays
             in 16 bits.
         quantize_head: "int8" also stores the head and the embedding table in eight bits, a scale a row. vLLM
@@ -137,7 +140,7 @@ def quantize(
         items = read_calibration(calibration)
     else:
         items = list(calibration)
-    options = AwqOptions(group_size, method, clip, chosen)
+    options = AwqOptions(group_size, method, clip, compensate, chosen)
     made_from = _fingerprint(checkpoint, options, items, max_tokens) | {"int8_tables": int8}
     writer = QuantizedWriter(Path(out), made_from, say)
     layers = checkpoint.config.text.num_hidden_layers
@@ -168,6 +171,7 @@ def quantize(
         "group_size": group_size,
         "modules": list(chosen),
         "clip": clip and method == "awq",
+        "compensate": compensate,
         "head": "int8" if int8 else "16 bits",
         "calibration_items": sum(streams.calibrated),
         "held_out_items": len(streams.calibrated) - sum(streams.calibrated),
@@ -339,8 +343,9 @@ def _one_layer(
         else:
             began = time.monotonic()
             chosen = [n for n, flag in zip(streams.lengths, streams.calibrated, strict=True) if flag]
-            inputs = LayerInputs(streams.float_x[streams.rows(True).to(device)], chosen, rotary)
-            quantized = quantize_layer(layer, inputs, options)
+            rows = streams.rows(True).to(device)
+            inputs, seen = (LayerInputs(x[rows], chosen, rotary) for x in (streams.float_x, streams.int4_x))
+            quantized = quantize_layer(layer, inputs, options, seen)
             change = (target - streams.float_x).float()
             error = (both.run(layer) - target).float()
             note = {
