@@ -174,7 +174,7 @@ RAWS: tuple[tuple[str, tuple[str, ...], int], ...] = (
     (TURN.format(f"{PICTURE}\n请描述这张图片"), ("large",), BEAM_WIDTH),
     (TURN.format(f"{PICTURE}\nHow many boats are there?"), ("panorama",), 0),
     (TURN.format(f"first {PICTURE} second{PICTURE}, which one has more?"), ("tower", "photo"), BEAM_WIDTH),
-    (f"{PICTURE}{PICTURE}{PICTURE}", ("line", "column", "dot"), 0),
+    (TURN.format(f"{PICTURE}{PICTURE}{PICTURE}\nWhich is the largest?"), ("line", "column", "dot"), 0),
     ("The sky is blue, 天空是蓝色的,", (), BEAM_WIDTH),
 )
 
