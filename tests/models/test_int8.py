@@ -14,6 +14,7 @@ from huoyan.layers.int8 import Int8Embedding, Int8Linear, Int8Weight, round_to_i
 from huoyan.models.checkpoint import open_checkpoint
 from huoyan.models.minicpmv import MiniCPMV
 from huoyan.models.weights import load_model, published_state, write_shards
+from huoyan.planning.weights import weights
 from tests.models.small import small_model, write_checkpoint
 from tests.models.test_forward import causal
 
@@ -66,7 +67,7 @@ def test_linear(
     layer = Int8Linear(weight)
     assert all(t.element_size() == 1 or t.numel() == shape[0] for t in layer.state_dict().values())
     for block in (64 << 20, 7 * shape[1]):
-        monkeypatch.setattr(blocks, "_DENSE_VALUES", block)
+        monkeypatch.setattr(blocks, "DENSE_VALUES", block)
         for rows in (1, 2, 3, 40):
             x = torch.randn(rows, shape[1], generator=g).to(dtype)
             expected = x.float() @ weight.dequantize().T
@@ -149,3 +150,16 @@ def test_weights_that_are_eight_bits_elsewhere_are_refused(tmp_path: Path, seed:
 def test_weight_moves_whole(seed: int) -> None:
     weight = Int8Weight(torch.ones(4, 6, dtype=torch.int8).T, torch.ones(6))
     assert weight.to(torch.device("cpu")).q.is_contiguous()
+
+
+def test_the_plan_counts_the_bytes(tmp_path: Path, seed: int) -> None:
+    write_int8(tmp_path / "m", small_model(seed), (HEAD, EMBEDDING))
+    checkpoint = open_checkpoint(tmp_path / "m")
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    loaded = load_model(checkpoint, dtype="bfloat16")
+    held = [
+        sum(t.nbytes for t in m.state_dict().values())
+        for m in (loaded.llm.lm_head, loaded.llm.model.embed_tokens)
+    ]
+    said = weights(checkpoint.config, shapes, 2)
+    assert [said.head, said.embeddings] == held == [300 * 256 + 4 * 300] * 2

@@ -10,6 +10,7 @@ import typer
 from huoyan.cli.options import (
     DeviceOption,
     DtypeOption,
+    GpuMemoryOption,
     HubOption,
     MaxModelLenOption,
     ModelOption,
@@ -62,6 +63,7 @@ def ask(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     max_model_len: MaxModelLenOption = None,
+    gpu_memory: GpuMemoryOption = None,
     system: Annotated[
         str | None,
         typer.Option("--system", help="A system message before the question.", rich_help_panel=_ANSWER),
@@ -133,6 +135,7 @@ def ask(
         device=device,
         dtype=dtype,
         max_model_len=max_model_len,
+        gpu_memory=gpu_memory,
         max_num_seqs=max(beam or 1, 8),
     )
     sampling = {

@@ -12,6 +12,7 @@ import typer
 from huoyan.cli.options import (
     DeviceOption,
     DtypeOption,
+    GpuMemoryOption,
     HubOption,
     MaxModelLenOption,
     ModelOption,
@@ -33,6 +34,7 @@ def batch(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     max_model_len: MaxModelLenOption = None,
+    gpu_memory: GpuMemoryOption = None,
     concurrency: Annotated[
         int, typer.Option("--concurrency", "-c", min=1, help="Requests that run side by side.")
     ] = 64,
@@ -78,7 +80,7 @@ def batch(
             if run.remaining:
                 llm = open_llm(
                     model, hub=hub, revision=revision, device=device, dtype=dtype,
-                    max_model_len=max_model_len, max_num_seqs=concurrency,
+                    max_model_len=max_model_len, max_num_seqs=concurrency, gpu_memory=gpu_memory,
                 )  # fmt: skip
                 start = time.monotonic()
                 run.run(lambda jobs: llm.run_jobs(jobs, concurrency=concurrency))

@@ -42,3 +42,10 @@ MaxModelLenOption = Annotated[
         help="Tokens of question and answer together at most; lower takes less memory.",
     ),
 ]  # fmt: skip
+GpuMemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        "--gpu-memory", metavar="SIZE", rich_help_panel=_PANEL, show_default=False,
+        help="Take no more than this, such as 24GiB; without it nine tenths of the card.",
+    ),
+]  # fmt: skip

@@ -271,14 +271,11 @@ def _fill_dummy(
     """Random weights of the kinds that `quantization_config` says, none of them dense first."""
     said = checkpoint.config.quantization or {}
     text = checkpoint.config.text
-    int4: set[str] = set()
-    if said.get("quant_method") == "awq":
-        layers = model.llm.model.layers.named_modules(prefix="llm.model.layers")
-        int4 = {name for name, module in layers if isinstance(module, Linear)}
+    int4 = _layer_matrices(model) if said.get("quant_method") == "awq" else []
     int8 = TABLES if said.get(CONFIG_KEY) == "int8" else ()
     fill_random(model, device, dtype, seed, leave={f"{name}.weight" for name in (*int4, *int8)})
     generator = torch.Generator(device=device).manual_seed(seed)
-    for name in sorted(int4):
+    for name in int4:
         _put_random_int4(model, name, int(said.get("group_size", 128)), dtype, generator)
     deviations = {HEAD: 2.0 * text.hidden_size**-0.5, EMBEDDING: 1.0}
     tables = {t: random_table(text.vocab_size, text.hidden_size, deviations[t], generator) for t in int8}
@@ -319,6 +316,19 @@ def random_parameter(
     if name.endswith("lm_head.weight"):
         return value.normal_(0.0, 2.0 * shape[1] ** -0.5, generator=generator)
     return value.normal_(0.0, shape[1] ** -0.5, generator=generator)
+
+
+def _layer_matrices(model: MiniCPMV) -> list[str]:
+    """The names of the linear maps of the decoder's layers."""
+    layers = model.llm.model.layers.named_modules(prefix="llm.model.layers")
+    return [name for name, module in layers if isinstance(module, Linear)]
+
+
+def quantize_randomly(model: MiniCPMV, group_size: int, seed: int) -> None:
+    """Put random int4 weights of a sane scale in place of the decoder's matrices."""
+    generator = torch.Generator(device=model.device).manual_seed(seed)
+    for name in _layer_matrices(model):
+        _put_random_int4(model, name, group_size, model.dtype, generator)
 
 
 def _put_random_int4(
