@@ -17,6 +17,7 @@ from huoyan.engine.kv_cache import KVCache
 from huoyan.engine.output import request_output, shown_answers
 from huoyan.engine.picture_cache import PictureCache
 from huoyan.engine.prompt_logprobs import prompt_logprobs
+from huoyan.engine.request import check_request
 from huoyan.engine.runner import ForwardOutput, Runner, has_fused_attention
 from huoyan.engine.scheduler import Scheduler
 from huoyan.engine.stats import EngineStats
@@ -110,7 +111,7 @@ class Engine:
         if request.request_id in self._groups:
             raise InputError(f"a request {request.request_id!r} is running already: give it another id")
         params = request.params
-        self._check_prompt(request)
+        check_request(request, self.vocab_size, self.model.config.query_num)
         rules = StopRules.of(params, self._eos_token_id, self._stop_token_ids)
         width = params.num_sequences
         self._chooser.check(params)
@@ -299,24 +300,3 @@ class Engine:
         for group in sorted(groups, key=lambda g: g.order):
             self._end(group)
             outputs.append(request_output(group, [], message))
-
-    # -- requests -------------------------------------------------------------------------------------------
-
-    def _check_prompt(self, request: EngineRequest) -> None:
-        prompt = request.prompt
-        if prompt.token_ids and not 0 <= min(prompt.token_ids) <= max(prompt.token_ids) < self.vocab_size:
-            bad = next(i for i in prompt.token_ids if not 0 <= i < self.vocab_size)
-            raise InputError(f"token id {bad} in the prompt is outside the vocabulary of {self.vocab_size}")
-        if len(prompt.slots) != len(request.pictures):
-            raise InputError(
-                f"the prompt has places for {len(prompt.slots)} pictures, but {len(request.pictures)} came"
-            )
-        query_num = self.model.config.query_num
-        for picture, slot in zip(request.pictures, prompt.slots, strict=True):
-            if not 0 < len(picture.slices) == len(slot.offsets) or slot.length != query_num:
-                raise InputError(
-                    f"a picture of {len(picture.slices)} slices of {query_num} embeddings does not fit its "
-                    f"place in the prompt ({len(slot.offsets)} runs of {slot.length} tokens)"
-                )
-            if any(not 0 <= o <= len(prompt.token_ids) - slot.length for o in slot.offsets):
-                raise InputError("a picture's place lies outside of the prompt")

@@ -1,0 +1,132 @@
+"""vLLM's engine as the backend uses it: add, abort, step, with its failures in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from typing import TYPE_CHECKING, Any
+
+from huoyan.backends.vllm.messages import one_line
+from huoyan.errors import HuoyanError, InputError
+
+if TYPE_CHECKING:
+    from huoyan.backends.vllm.pictures import PictureInputs
+    from huoyan.engine.request import EngineRequest
+
+logger = logging.getLogger(__name__)
+
+WATCH_SECONDS = 1.0
+"""How often is looked whether vLLM's engine process still lives."""
+
+
+class EngineDied(HuoyanError):
+    """vLLM's engine has ended and does not come back."""
+
+
+class Client:
+    """One `vllm.v1.engine.llm_engine.LLMEngine`, in this process or (vLLM's default) in one of its own."""
+
+    def __init__(self, engine: Any, pictures: PictureInputs) -> None:
+        self._engine = engine
+        self._pictures = pictures
+        self._closed = threading.Event()
+        self._failure: EngineDied | None = None
+        threading.Thread(target=self._watch, name="huoyan-vllm-watch", daemon=True).start()
+
+    def check(self, request: EngineRequest, params: Any) -> None:
+        """Raise InputError where vLLM would refuse the request; nothing is sent."""
+        prompt = self._pictures.prompt(request, request.prompt.token_ids, send=False)
+        with self._alive(), _refusals():
+            self._engine.input_processor.process_inputs(
+                "check", prompt, params, supported_tasks=self._engine.get_supported_tasks()
+            )
+
+    def add(self, run_id: str, request: EngineRequest, token_ids: list[int], params: Any) -> None:
+        """Start a sequence whose prompt is `token_ids`, the request's own first."""
+        with self._alive(), _refusals():
+            prompt = self._pictures.prompt(request, token_ids, send=True)
+            self._engine.add_request(run_id, prompt, params)
+
+    def abort(self, run_ids: list[str]) -> None:
+        if run_ids and self._failure is None:
+            with self._alive():
+                self._engine.abort_request(run_ids)
+
+    def busy(self) -> bool:
+        """Whether vLLM has anything to do."""
+        return self._failure is None and bool(self._engine.has_unfinished_requests())
+
+    def step(self) -> list[Any]:
+        """vLLM's outputs of its next step. Raises EngineDied."""
+        with self._alive():
+            return list(self._engine.step())
+
+    def check_alive(self) -> None:
+        """Raises EngineDied where a call has found that out."""
+        if self._failure is not None:
+            raise self._failure
+
+    def close(self) -> None:
+        """End vLLM's engine and its processes. Safe to call twice, and after a failure."""
+        if self._closed.is_set():
+            return
+        self._closed.set()
+        with contextlib.suppress(Exception):
+            self._engine.engine_core.shutdown()
+        with contextlib.suppress(Exception):
+            self._engine.renderer.shutdown()
+        if not hasattr(self._engine.engine_core, "resources"):
+            # In this process: what torch.distributed holds would stop the next engine.
+            from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+            with contextlib.suppress(Exception):
+                cleanup_dist_env_and_memory()
+        self._engine = None
+
+    @contextlib.contextmanager
+    def _alive(self) -> Any:
+        """Turn an engine's death into one line, for this call and all that follow."""
+        self.check_alive()
+        if self._engine is None:
+            raise HuoyanError("this engine has been closed")
+        try:
+            yield
+        except HuoyanError:
+            raise
+        except Exception as error:
+            logger.debug("vLLM's engine failed", exc_info=error)
+            detail = "" if _says_nothing(error) else f" ({type(error).__name__}: {one_line(error)})"
+            self._failure = EngineDied(
+                f"vLLM's engine has died{detail}: what it printed says why; open the model again"
+            )
+            raise self._failure from error
+
+    def _watch(self) -> None:
+        """Wake a waiting `step` where vLLM's engine process was killed, of which vLLM tells its waiters nothing."""
+        core = getattr(self._engine, "engine_core", None)
+        resources, outputs = getattr(core, "resources", None), getattr(core, "outputs_queue", None)
+        del core
+        if resources is None or outputs is None:
+            return
+        while not self._closed.wait(WATCH_SECONDS):
+            if resources.engine_dead:
+                from vllm.v1.engine.exceptions import EngineDeadError
+
+                outputs.put_nowait(EngineDeadError())
+                return
+
+
+@contextlib.contextmanager
+def _refusals() -> Any:
+    """What vLLM finds wrong with a request, as InputError."""
+    try:
+        yield
+    except HuoyanError:
+        raise
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise InputError(f"vLLM refuses the request: {one_line(error)}") from error
+
+
+def _says_nothing(error: Exception) -> bool:
+    return type(error).__name__ == "EngineDeadError"
