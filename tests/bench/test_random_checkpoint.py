@@ -148,7 +148,6 @@ def test_the_full_shape_is_the_published_one() -> None:
         (SHAPE, {"dtype": "int8"}, "dtype 'int8'"),
         (replace(SHAPE, vocab_size=100), {}, "vocabulary of 100"),
         (replace(SHAPE, hidden_size=192), {}, "multiple of 128"),
-        (replace(SHAPE, vision_hidden_size=128, vision_num_attention_heads=4), {}, "kv_proj"),
         (replace(SHAPE, intermediate_size=200), {"quantization": "awq"}, "group_size"),
     ],
 )

@@ -11,6 +11,14 @@ from huoyan.models.config import ModelConfig, parse_model_config
 from huoyan.models.minicpmv import MiniCPMV
 from huoyan.models.weights import build_model, save_published
 
+VISION = {
+    "hidden_size": 144,
+    "image_size": 280,
+    "intermediate_size": 200,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 2,
+    "patch_size": 14,
+}
 CONFIG = {
     "model_type": "minicpmv",
     "architectures": ["MiniCPMV"],
@@ -26,14 +34,7 @@ CONFIG = {
     "rope_theta": 1e6,
     "query_num": 16,
     "torch_dtype": "float32",
-    "vision_config": {
-        "hidden_size": 144,
-        "image_size": 280,
-        "intermediate_size": 200,
-        "num_attention_heads": 2,
-        "num_hidden_layers": 2,
-        "patch_size": 14,
-    },
+    "vision_config": VISION,
 }
 
 

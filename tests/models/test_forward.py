@@ -13,7 +13,7 @@ from torch.nn.functional import gelu, layer_norm, scaled_dot_product_attention
 from huoyan.layers.packed_attention import packed_attention, packed_attention_by_runs
 from huoyan.models.minicpmv import MiniCPMV
 from huoyan.models.patches import cut_patches, normalise
-from tests.models.small import small_model
+from tests.models.small import VISION, small_model
 
 
 def causal(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -81,7 +81,9 @@ def plain_encode(model: MiniCPMV, image: np.ndarray) -> Tensor:
             pos[i, j] = torch.cat(
                 [(j * omega).sin(), (j * omega).cos(), (i * omega).sin(), (i * omega).cos()]
             )
-    kv = norm(h @ state["resampler.kv_proj.weight"].T, "resampler.ln_kv")
+    if model.config.vision.hidden_size != width:
+        h = h @ state["resampler.kv_proj.weight"].T
+    kv = norm(h, "resampler.ln_kv")
     attention = nn.MultiheadAttention(width, width // 128, batch_first=True).double()
     attention.load_state_dict(
         {
@@ -96,9 +98,10 @@ def plain_encode(model: MiniCPMV, image: np.ndarray) -> Tensor:
     return norm(out, "resampler.ln_post") @ state["resampler.proj"]
 
 
-def test_encoder_and_resampler_follow_the_description(seed: int) -> None:
+@pytest.mark.parametrize("vision_width", [144, 256])
+def test_encoder_and_resampler_follow_the_description(seed: int, vision_width: int) -> None:
     rng = np.random.default_rng(seed)
-    model = small_model(seed)
+    model = small_model(seed, vision_config={**VISION, "hidden_size": vision_width})
     grids = [(int(rng.integers(1, 9)), int(rng.integers(1, 9))) for _ in range(4)] + [(1, 20), (20, 20)]
     images = [pixels(rng, *grid) for grid in grids]
     got = model.encode_slices(images)

@@ -68,10 +68,11 @@ ONE_KV_HEAD = CheckpointShape(
     num_key_value_heads=1,
     vocab_size=333,
     max_position_embeddings=8192,
-    vision_hidden_size=96,
+    # As wide as the decoder: then there is no resampler.kv_proj.
+    vision_hidden_size=256,
     vision_intermediate_size=136,
     vision_num_hidden_layers=3,
-    vision_num_attention_heads=3,
+    vision_num_attention_heads=8,
     vision_image_size=280,
     query_num=20,
     scale_resolution=196,
@@ -173,7 +174,7 @@ RAWS: tuple[tuple[str, tuple[str, ...], int], ...] = (
     (TURN.format(f"{PICTURE}\n请描述这张图片"), ("large",), BEAM_WIDTH),
     (TURN.format(f"{PICTURE}\nHow many boats are there?"), ("panorama",), 0),
     (TURN.format(f"first {PICTURE} second{PICTURE}, which one has more?"), ("tower", "photo"), BEAM_WIDTH),
-    (f"{PICTURE}{PICTURE}{PICTURE}", ("line", "column", "dot"), 0),
+    (TURN.format(f"{PICTURE}{PICTURE}{PICTURE}\nWhich is the largest?"), ("line", "column", "dot"), 0),
     ("The sky is blue, 天空是蓝色的,", (), BEAM_WIDTH),
 )
 

@@ -46,35 +46,6 @@ def peer_copy(folder, copy):
         shutil.copy(path, copy / path.name)
 
 
-def keep_kv_projection(folder):
-    """Give vLLM's resampler the kv_proj that the files have where both of its widths are equal.
-
-    The published code leaves the projection out at equal widths, and vLLM with it; it then refuses the tensor.
-    """
-    from safetensors import safe_open
-
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if config["hidden_size"] != config["vision_config"]["hidden_size"]:
-        return
-    names = {name for file in folder.glob("*.safetensors") for name in safe_open(file, "pt").keys()}  # noqa: SIM118
-    if "resampler.kv_proj.weight" not in names:
-        return
-    from vllm.model_executor.layers.linear import ReplicatedLinear
-    from vllm.model_executor.layers.resampler import BaseResampler
-
-    build = BaseResampler.__init__
-
-    def build_with_projection(self, num_queries, embed_dim, num_heads, kv_dim=None, *args, **rest):
-        build(self, num_queries, embed_dim, num_heads, kv_dim, *args, **rest)
-        if kv_dim != embed_dim:
-            return
-        self.__dict__.pop("kv_proj", None)
-        prefix = rest.get("prefix", "resampler")
-        self.kv_proj = ReplicatedLinear(kv_dim, embed_dim, bias=False, prefix=f"{prefix}.kv_proj")
-
-    BaseResampler.__init__ = build_with_projection
-
-
 def load(folder, job):
     import torch
 
@@ -83,7 +54,6 @@ def load(folder, job):
         torch.cuda.is_current_stream_capturing = lambda: False
     from vllm import LLM
 
-    keep_kv_projection(Path(folder))
     return LLM(
         str(folder),
         trust_remote_code=True,

@@ -66,9 +66,12 @@ def test_special_tokens(tokenizer: Tokenizer) -> None:
 
 def test_cost_does_not_grow_with_length(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode_plain("请描述这张图片 a picture 🙂 ") * 4000
-    start = time.perf_counter()
-    stream(tokenizer, ids)
-    assert (time.perf_counter() - start) / len(ids) < 20e-6
+    elapsed = []
+    for _ in range(3):
+        start = time.process_time()
+        stream(tokenizer, ids)
+        elapsed.append(time.process_time() - start)
+    assert min(elapsed) / len(ids) < 20e-6
 
 
 @pytest.fixture(scope="module")

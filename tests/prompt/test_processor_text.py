@@ -142,9 +142,10 @@ def test_errors_tell_both_numbers(
 
 def test_a_long_video_is_cheap(processor: PromptProcessor) -> None:
     frames = video(*[(1, 2)] * 64)
-    processor.from_text(VIDEO, [frames])
-    start = time.perf_counter()
-    encoded = processor.from_text(f"<|im_start|>user\n{VIDEO}\nWhat happens?<|im_end|>", [frames])
-    elapsed = time.perf_counter() - start
-    assert_runs(processor, encoded, [frames])
-    assert elapsed < 0.05
+    elapsed = []
+    for _ in range(4):
+        start = time.process_time()
+        encoded = processor.from_text(f"<|im_start|>user\n{VIDEO}\nWhat happens?<|im_end|>", [frames])
+        elapsed.append(time.process_time() - start)
+        assert_runs(processor, encoded, [frames])
+    assert min(elapsed) < 0.05

@@ -41,7 +41,10 @@ def test_batches_draw_what_rows_draw_alone(seed: int, scale: float) -> None:
     rng = random.Random(seed)
     g = torch.Generator().manual_seed(seed)
     compared = 0
-    for _ in range(6):
+    # A round may be all near-ties, which nothing is held against.
+    for round_ in range(60):
+        if round_ >= 6 and compared > 15:
+            break
         params = [random_params(rng) for _ in range(rng.randint(1, 12))]
         logits = scale * torch.randn(len(params), VOCAB, generator=g)
         keys = [mix(rng.randrange(2**50)) for _ in params]

@@ -175,7 +175,7 @@ def change_turns(dice: Random, before: Scene, after: Scene, change: str, index: 
     which = dice.randrange(2)
     scene = (before, after)[which]
     if scene.groups:
-        turns.append(turn("two", lang, ask_content(scene, which, lang), dice))
+        turns.append(turn("content", lang, ask_content(scene, which, lang), dice))
     lang = dice.choice(LANGUAGES)
     if lang == "zh":
         said = (
@@ -296,7 +296,7 @@ def more_example(dice: Random, split: str) -> Made:
     lang = dice.choice(LANGUAGES)
     turns.append(turn("two", lang, ask_count_in(kind, (a, b)[which], which, lang), dice))
     which, lang = dice.randrange(2), dice.choice(LANGUAGES)
-    turns.append(turn("two", lang, ask_content(scenes[which], which, lang), dice))
+    turns.append(turn("content", lang, ask_content(scenes[which], which, lang), dice))
     return finish(list(scenes), turns, split)
 
 
@@ -364,5 +364,5 @@ def three_example(dice: Random, split: str) -> Made:
         colour = None if kinds.count(g.kind) == 1 and dice.random() < 0.7 else g.colour
         turns.append(turn("three", lang, ask_which(g.kind, colour, which, lang), dice))
         which = dice.randrange(3)
-        turns.append(turn("three", lang, ask_content(scenes[which], which, lang), dice))
+        turns.append(turn("content", lang, ask_content(scenes[which], which, lang), dice))
     return finish(scenes, turns, split)

@@ -32,6 +32,9 @@ _QUOTED = re.compile(r"[\"“]([^\"”]*)[\"”]")
 
 Fact = tuple[str, ...]
 
+DESCRIPTIONS = ("describe", "content")
+"""Tasks answered by a description: of the picture, or of one of several."""
+
 
 def normalise(text: str) -> str:
     """Full-width forms, case, outer spaces, runs of spaces and the final mark do not matter."""
@@ -91,7 +94,7 @@ def fact_score(answer: str, reference: str, language: str) -> float:
 
 def score(task: str, language: str, answer: str, reference: str) -> float:
     """1 for a right answer, 0 for a wrong one; a description's share of right facts."""
-    if task == "describe":
+    if task in DESCRIPTIONS:
         return fact_score(answer, reference, language)
     return float(exact(answer, reference))
 

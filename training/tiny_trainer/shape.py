@@ -48,7 +48,7 @@ def config_json(vocab_size: int, stop_id: int, pad_id: int) -> dict[str, Any]:
         "use_image_id": True,
         "vision_config": {
             "model_type": "siglip_vision_model",
-            "hidden_size": 256,
+            "hidden_size": 288,
             "image_size": 448,
             "intermediate_size": 512,
             "num_attention_heads": 4,

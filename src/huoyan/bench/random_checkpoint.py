@@ -154,11 +154,6 @@ def _check(sizes: CheckpointShape, quantization: str | None) -> None:
     """What a checkpoint's config cannot say wrong but a shape made up by hand can."""
     if sizes.hidden_size % 128:
         raise InputError(f"hidden_size must be a multiple of 128, a resampler head (got {sizes.hidden_size})")
-    if sizes.hidden_size == sizes.vision_hidden_size:
-        raise InputError(
-            "vision_hidden_size must differ from hidden_size: where they are equal, other implementations "
-            "of the format expect no resampler.kv_proj"
-        )
     if sizes.vision_hidden_size % sizes.vision_num_attention_heads:
         raise InputError("vision_num_attention_heads must divide vision_hidden_size")
     inputs = {"hidden_size": sizes.hidden_size, "intermediate_size": sizes.intermediate_size}

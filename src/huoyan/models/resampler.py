@@ -86,7 +86,12 @@ class Resampler(nn.Module):
         super().__init__()
         width = config.text.hidden_size
         self.query = nn.Parameter(torch.empty(config.query_num, width))
-        self.kv_proj = Linear(config.vision.hidden_size, (width,), bias=False)
+        # The published code has no projection between equal widths.
+        self.kv_proj = (
+            nn.Identity()
+            if config.vision.hidden_size == width
+            else Linear(config.vision.hidden_size, (width,), bias=False)
+        )
         self.attn = CrossAttention(width, config.resampler_heads)
         self.ln_q = LayerNorm(width, _NORM_EPS)
         self.ln_kv = LayerNorm(width, _NORM_EPS)
