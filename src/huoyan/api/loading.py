@@ -50,7 +50,7 @@ def _resolve(options: EngineOptions, name: str) -> Path:
 
 
 def _note_engine(options: EngineOptions) -> None:
-    """Where the choice was left open, say which engine runs, and why. Raises ModelError without vLLM."""
+    """Where the choice was left open, say which engine runs, and why. Raises UnsupportedError without vLLM."""
     version = None
     if options.backend == "vllm":
         from huoyan.backends.vllm.installed import require_vllm

@@ -10,10 +10,13 @@ import typer
 from huoyan.cli.options import (
     DeviceOption,
     DtypeOption,
+    EngineOption,
     HubOption,
     MaxModelLenOption,
     ModelOption,
+    PipelineParallelOption,
     RevisionOption,
+    TensorParallelOption,
 )
 
 if TYPE_CHECKING:
@@ -62,6 +65,9 @@ def ask(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     max_model_len: MaxModelLenOption = None,
+    engine: EngineOption = "native",
+    tensor_parallel_size: TensorParallelOption = 1,
+    pipeline_parallel_size: PipelineParallelOption = 1,
     system: Annotated[
         str | None,
         typer.Option("--system", help="A system message before the question.", rich_help_panel=_ANSWER),
@@ -134,6 +140,9 @@ def ask(
         dtype=dtype,
         max_model_len=max_model_len,
         max_num_seqs=max(beam or 1, 8),
+        engine=engine,
+        tensor_parallel_size=tensor_parallel_size,
+        pipeline_parallel_size=pipeline_parallel_size,
     )
     sampling = {
         "temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p,

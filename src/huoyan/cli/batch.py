@@ -12,10 +12,13 @@ import typer
 from huoyan.cli.options import (
     DeviceOption,
     DtypeOption,
+    EngineOption,
     HubOption,
     MaxModelLenOption,
     ModelOption,
+    PipelineParallelOption,
     RevisionOption,
+    TensorParallelOption,
 )
 
 if TYPE_CHECKING:
@@ -33,6 +36,9 @@ def batch(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     max_model_len: MaxModelLenOption = None,
+    engine: EngineOption = "native",
+    tensor_parallel_size: TensorParallelOption = 1,
+    pipeline_parallel_size: PipelineParallelOption = 1,
     concurrency: Annotated[
         int, typer.Option("--concurrency", "-c", min=1, help="Requests that run side by side.")
     ] = 64,
@@ -78,7 +84,8 @@ def batch(
             if run.remaining:
                 llm = open_llm(
                     model, hub=hub, revision=revision, device=device, dtype=dtype,
-                    max_model_len=max_model_len, max_num_seqs=concurrency,
+                    max_model_len=max_model_len, max_num_seqs=concurrency, engine=engine,
+                    tensor_parallel_size=tensor_parallel_size, pipeline_parallel_size=pipeline_parallel_size,
                 )  # fmt: skip
                 start = time.monotonic()
                 run.run(lambda jobs: llm.run_jobs(jobs, concurrency=concurrency))

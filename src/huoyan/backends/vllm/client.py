@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from huoyan.backends.vllm.messages import one_line
+from huoyan.backends.vllm.messages import is_refusal, one_line
 from huoyan.errors import HuoyanError, InputError
 
 if TYPE_CHECKING:
@@ -37,21 +38,24 @@ class Client:
     def check(self, request: EngineRequest, params: Any) -> None:
         """Raise InputError where vLLM would refuse the request; nothing is sent."""
         prompt = self._pictures.prompt(request, request.prompt.token_ids, send=False)
-        with self._alive(), _refusals():
+        with self._taking():
             self._engine.input_processor.process_inputs(
                 "check", prompt, params, supported_tasks=self._engine.get_supported_tasks()
             )
 
     def add(self, run_id: str, request: EngineRequest, token_ids: list[int], params: Any) -> None:
         """Start a sequence whose prompt is `token_ids`, the request's own first."""
-        with self._alive(), _refusals():
+        with self._taking():
             prompt = self._pictures.prompt(request, token_ids, send=True)
             self._engine.add_request(run_id, prompt, params)
 
     def abort(self, run_ids: list[str]) -> None:
+        """End runs; those that are unknown or at their end are ignored."""
         if run_ids and self._failure is None:
-            with self._alive():
+            try:
                 self._engine.abort_request(run_ids)
+            except Exception as error:
+                raise self._died(error) from error
 
     def busy(self) -> bool:
         """Whether vLLM has anything to do."""
@@ -59,13 +63,18 @@ class Client:
 
     def step(self) -> list[Any]:
         """vLLM's outputs of its next step. Raises EngineDied."""
-        with self._alive():
+        self.check_alive()
+        try:
             return list(self._engine.step())
+        except Exception as error:
+            raise self._died(error) from error
 
     def check_alive(self) -> None:
         """Raises EngineDied where a call has found that out."""
         if self._failure is not None:
             raise self._failure
+        if self._engine is None:
+            raise HuoyanError("this engine has been closed: open the model again")
 
     def close(self) -> None:
         """End vLLM's engine and its processes. Safe to call twice, and after a failure."""
@@ -85,22 +94,28 @@ class Client:
         self._engine = None
 
     @contextlib.contextmanager
-    def _alive(self) -> Any:
-        """Turn an engine's death into one line, for this call and all that follow."""
+    def _taking(self) -> Iterator[None]:
+        """What vLLM finds wrong with a request is the request's fault alone."""
         self.check_alive()
-        if self._engine is None:
-            raise HuoyanError("this engine has been closed")
         try:
             yield
         except HuoyanError:
             raise
         except Exception as error:
-            logger.debug("vLLM's engine failed", exc_info=error)
-            detail = "" if _says_nothing(error) else f" ({type(error).__name__}: {one_line(error)})"
-            self._failure = EngineDied(
-                f"vLLM's engine has died{detail}: what it printed says why; open the model again"
-            )
-            raise self._failure from error
+            if _is_death(error):
+                raise self._died(error) from error
+            if not is_refusal(error):
+                logger.error("vLLM could not take a request", exc_info=error)
+            raise InputError(f"vLLM refuses the request: {one_line(error)}") from error
+
+    def _died(self, error: Exception) -> EngineDied:
+        """The failure that this call and all that follow raise."""
+        logger.debug("vLLM's engine failed", exc_info=error)
+        detail = "" if _is_death(error) else f" ({type(error).__name__}: {one_line(error)})"
+        self._failure = EngineDied(
+            f"vLLM's engine has died{detail}: what it printed says why; open the model again"
+        )
+        return self._failure
 
     def _watch(self) -> None:
         """Wake a waiting `step` where vLLM's engine process was killed, of which vLLM tells its waiters nothing."""
@@ -117,16 +132,5 @@ class Client:
                 return
 
 
-@contextlib.contextmanager
-def _refusals() -> Any:
-    """What vLLM finds wrong with a request, as InputError."""
-    try:
-        yield
-    except HuoyanError:
-        raise
-    except (ValueError, TypeError, NotImplementedError) as error:
-        raise InputError(f"vLLM refuses the request: {one_line(error)}") from error
-
-
-def _says_nothing(error: Exception) -> bool:
+def _is_death(error: Exception) -> bool:
     return type(error).__name__ == "EngineDeadError"

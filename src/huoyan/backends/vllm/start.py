@@ -11,7 +11,7 @@ from huoyan.backends.vllm.backend import Limits, VllmBackend
 from huoyan.backends.vllm.client import Client
 from huoyan.backends.vllm.installed import require_vllm
 from huoyan.backends.vllm.interrupts import children_ignore_ctrl_c
-from huoyan.backends.vllm.messages import one_line
+from huoyan.backends.vllm.messages import is_refusal, one_line
 from huoyan.backends.vllm.pictures import PictureInputs
 from huoyan.backends.vllm.settings import check_known, engine_arguments, prepare_environment
 from huoyan.errors import CapacityError, HuoyanError, InputError, ModelError
@@ -31,9 +31,9 @@ def open_vllm(
     """Start vLLM's engine on the checkpoint in `folder`.
 
     Raises:
-        ModelError: vLLM is not installed, or cannot run the checkpoint.
+        ModelError: vLLM cannot be imported, or cannot run the checkpoint.
         CapacityError: the machine is too small for it.
-        InputError, UnsupportedError: an option that vLLM cannot follow.
+        InputError, UnsupportedError: an option that vLLM cannot follow, or vLLM is not installed.
     """
     from huoyan.media.slicing import read_slice_rules
     from huoyan.models.checkpoint import open_checkpoint
@@ -86,6 +86,6 @@ def _start_error(error: Exception, name: str) -> HuoyanError:
         return CapacityError(f"vLLM cannot load {name}: {words}")
     if "ngine core initialization failed" in words:
         return ModelError(f"vLLM cannot load {name}: what its engine process printed above says why")
-    if isinstance(error, (ValueError, TypeError)):
+    if is_refusal(error):
         return InputError(f"vLLM refuses to load {name}: {words}")
     return ModelError(f"vLLM cannot load {name} ({type(error).__name__}: {words})")
