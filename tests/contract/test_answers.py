@@ -179,9 +179,9 @@ def test_structured_outputs(pair: Pair, rng: random.Random) -> None:
 def test_requests_do_not_change_each_other(pair: Pair, rng: random.Random) -> None:
     """More requests than run at once, long and short, give what each gives alone."""
     params = SamplingParams(temperature=0, max_tokens=10, logprobs=TOP)
-    asked = [prompt for _ in range(3) for prompt in prompts(rng)]
+    asked = [prompt for _ in range(2) for prompt in prompts(rng)]
     together = pair.vllm.generate(asked, params, use_tqdm=False)
-    for prompt, output in rng.sample(list(zip(asked, together, strict=True)), 4):
+    for prompt, output in rng.sample(list(zip(asked, together, strict=True)), 3):
         (alone,) = pair.vllm.generate([prompt], params, use_tqdm=False)
         outputs_agree(alone, output, pair.checkpoint.tolerance)
 

@@ -35,15 +35,15 @@ SEARCHES: tuple[dict[str, Any], ...] = (
     {"best_of": 4, "n": 4, "early_stopping": "never"},
     {"best_of": 3, "n": 3, "ignore_eos": True, "max_tokens": 10},
     {"best_of": 3, "n": 3, "stop": ["飞", "the", "星"]},
-    {"best_of": 3, "n": 2, "min_tokens": 8, "max_tokens": 16},
-    {"best_of": 3, "n": 3, "logit_bias": {263: -6.0, 540: 2.0}, "max_tokens": 12},
-    {"best_of": 3, "n": 3, "presence_penalty": 0.8, "frequency_penalty": 0.4, "max_tokens": 10},
-    {"best_of": 2, "n": 2, "structured_outputs": {"regex": "[a-c]{2,3} (cat|dog)"}, "max_tokens": 10},
+    {"best_of": 3, "n": 2, "min_tokens": 5, "max_tokens": 9},
+    {"best_of": 3, "n": 3, "logit_bias": {263: -6.0, 540: 2.0}, "max_tokens": 7},
+    {"best_of": 3, "n": 3, "presence_penalty": 0.8, "frequency_penalty": 0.4, "max_tokens": 7},
+    {"best_of": 2, "n": 2, "structured_outputs": {"regex": "[a-c]{2,3} (cat|dog)"}, "max_tokens": 8},
 )
 
 
 def search(fields: dict[str, Any]) -> SamplingParams:
-    return SamplingParams(**{"temperature": 0, "use_beam_search": True, "max_tokens": 32, **fields})
+    return SamplingParams(**{"temperature": 0, "use_beam_search": True, "max_tokens": 20, **fields})
 
 
 def test_the_beams_of_both(pair: Pair) -> None:
@@ -87,7 +87,7 @@ def test_searches_beside_samples(pair: Pair) -> None:
     alone = pair.vllm.generate([PLANE], search({"best_of": 3, "n": 3}), use_tqdm=False)[0]
     params = [
         search({"best_of": 3, "n": 3}),
-        SamplingParams(temperature=1.2, n=2, max_tokens=20, ignore_eos=True),
+        SamplingParams(temperature=1.2, n=2, max_tokens=10, ignore_eos=True),
         search({"best_of": 2}),
     ]
     beside = pair.vllm.generate([PLANE, STARS, WORDS], params, use_tqdm=False)[0]
@@ -95,7 +95,9 @@ def test_searches_beside_samples(pair: Pair) -> None:
 
 
 def test_logprobs_of_beams(pair: Pair) -> None:
-    ((native, vllm),) = pair.generate([PLANE], search({"best_of": 2, "logprobs": 3, "prompt_logprobs": 1}))
+    ((native, vllm),) = pair.generate(
+        [PLANE], search({"best_of": 2, "logprobs": 3, "prompt_logprobs": 1, "max_tokens": 8})
+    )
     mine, theirs = native.outputs[0], vllm.outputs[0]
     assert mine.token_ids == theirs.token_ids
     assert mine.logprobs is not None

@@ -15,14 +15,13 @@ from huoyan.errors import HuoyanError
 from tests.contract.conftest import Pair
 from tests.contract.test_answers import turn
 
+pytestmark = pytest.mark.last
 LONG = SamplingParams(temperature=0, max_tokens=3000, ignore_eos=True)
 
 
 def processes(pair: Pair) -> list[Any]:
     client: Any = pair.vllm_runtime.backend._client  # type: ignore[attr-defined]
-    resources = getattr(client._engine.engine_core, "resources", None)
-    if resources is None:
-        pytest.skip("vLLM's engine runs in this process")
+    resources = client._engine.engine_core.resources
     return list(resources.engine_manager.processes)
 
 

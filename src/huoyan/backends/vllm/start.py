@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from huoyan.backends.vllm.backend import Limits, VllmBackend
 from huoyan.backends.vllm.client import Client
-from huoyan.backends.vllm.installed import require_vllm
+from huoyan.backends.vllm.installed import require_plugin, require_vllm
 from huoyan.backends.vllm.interrupts import children_ignore_ctrl_c
 from huoyan.backends.vllm.messages import is_refusal, one_line
 from huoyan.backends.vllm.pictures import PictureInputs
@@ -19,6 +19,7 @@ from huoyan.errors import CapacityError, HuoyanError, InputError, ModelError
 if TYPE_CHECKING:
     from huoyan.api.frontend import CheckpointFrontend
     from huoyan.api.options import EngineOptions
+    from huoyan.models.config import ModelConfig
 
 logger = logging.getLogger("huoyan")
 
@@ -35,10 +36,10 @@ def open_vllm(
         CapacityError: the machine is too small for it.
         InputError, UnsupportedError: an option that vLLM cannot follow, or vLLM is not installed.
     """
-    from huoyan.media.slicing import read_slice_rules
     from huoyan.models.checkpoint import open_checkpoint
 
     version = require_vllm()
+    require_plugin()
     model = open_checkpoint(folder, need_weights=options.load_format != "dummy").config
     prepare_environment()
     try:
@@ -57,12 +58,19 @@ def open_vllm(
     logger.info("starting vLLM %s on %s", version, current_platform.device_type)
     with children_ignore_ctrl_c():
         engine = _start(LLMEngine, EngineArgs, arguments, options.model)
+    return over_engine(engine, folder, model, frontend, options.max_num_seqs)
+
+
+def over_engine(
+    engine: Any, folder: Path, model: ModelConfig, frontend: CheckpointFrontend, max_num_seqs: int
+) -> VllmBackend:
+    """A backend over vLLM's `LLMEngine`, which runs the checkpoint in `folder` already."""
+    from huoyan.media.slicing import read_slice_rules
+
     pictures = PictureInputs(
         read_slice_rules(folder), engine.model_config.dtype, engine.renderer.mm_processor_cache
     )
-    limits = Limits(
-        model.text.vocab_size, model.query_num, engine.model_config.max_model_len, options.max_num_seqs
-    )
+    limits = Limits(model.text.vocab_size, model.query_num, engine.model_config.max_model_len, max_num_seqs)
     return VllmBackend(
         Client(engine, pictures),
         limits,
