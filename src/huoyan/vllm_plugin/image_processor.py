@@ -149,11 +149,13 @@ def slice_patches(
 
 
 def _by_prompt(images: Any) -> list[list[Any]]:
-    if not isinstance(images, (list, tuple)):
+    """A list of pictures for each prompt. An array [frames, height, width, 3] is the pictures of one prompt."""
+    if isinstance(images, Image.Image) or getattr(images, "ndim", 0) in (2, 3):
         return [[images]]
-    if images and not isinstance(images[0], (list, tuple)):
-        return [list(images)]
-    return [list(pictures) for pictures in images]
+    prompts = list(images)
+    if prompts and (isinstance(prompts[0], Image.Image) or getattr(prompts[0], "ndim", 0) in (2, 3)):
+        return [prompts]
+    return [list(pictures) for pictures in prompts]
 
 
 def _size(size: Any) -> Size:

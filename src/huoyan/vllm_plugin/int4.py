@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from huoyan.models.checkpoint import weight_files
 from huoyan.models.int4_formats import is_int4
+from huoyan.models.safetensors_header import read_header
 
 
 def complete_quantization_config(fields: dict[str, Any], model: str, revision: str | None = None) -> None:
@@ -22,6 +25,9 @@ def complete_quantization_config(fields: dict[str, Any], model: str, revision: s
     Args:
         fields: the contents of `config.json`; changed in place.
         model: folder or hub name.
+
+    Raises:
+        ModelError: a weight file of the folder is missing or cut short.
     """
     quantization = fields.get("quantization_config")
     if not isinstance(quantization, dict):
@@ -31,10 +37,7 @@ def complete_quantization_config(fields: dict[str, Any], model: str, revision: s
     )
     if complete is None:
         return
-    from vllm.transformers_utils.config import get_safetensors_params_metadata
-
-    tensors = get_safetensors_params_metadata(model, revision=revision)
-    shapes = {name: tuple(info["shape"]) for name, info in tensors.items()}
+    shapes = _shapes(model, revision)
     if any(map(is_int4, shapes)):
         fields["quantization_config"] = {**quantization, **complete(quantization, shapes)}
 
@@ -57,6 +60,17 @@ def plain_modules(shapes: Mapping[str, Sequence[int]]) -> list[str]:
 def int4_modules(shapes: Mapping[str, Sequence[int]]) -> set[str]:
     """The matrices that are int4."""
     return {name.rpartition(".")[0] for name in shapes if is_int4(name)}
+
+
+def _shapes(model: str, revision: str | None) -> dict[str, tuple[int, ...]]:
+    """Of all tensors, by name."""
+    folder = Path(model)
+    if folder.is_dir():
+        return {info.name: info.shape for file in weight_files(folder) for info in read_header(file)}
+    from vllm.transformers_utils.config import get_safetensors_params_metadata
+
+    headers = get_safetensors_params_metadata(model, revision=revision)
+    return {name: tuple(entry["shape"]) for name, entry in headers.items() if "shape" in entry}
 
 
 def _complete_awq(given: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:

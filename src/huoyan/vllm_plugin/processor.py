@@ -20,8 +20,6 @@ OPTIONS = ("max_slice_nums", "use_image_id")
 class MiniCPMVProcessor(ProcessorMixin):  # type: ignore[misc]
     """The image processor and the tokenizer. vLLM encodes the text itself and wants the pictures only."""
 
-    attributes = ["image_processor", "tokenizer"]  # noqa: RUF012
-
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, **_: Any) -> None:
         super().__init__(image_processor, tokenizer)
 
@@ -71,5 +69,7 @@ class HuoyanMultiModalProcessor(MiniCPMVMultiModalProcessor):  # type: ignore[mi
 def _processor(
     model: str, revision: str | None, tokenizer: Any, given: tuple[tuple[str, Any], ...]
 ) -> MiniCPMVProcessor:
-    image_processor = MiniCPMVImageProcessor.from_pretrained(model, revision=revision, **dict(given))
+    image_processor = MiniCPMVImageProcessor.from_pretrained(model, revision=revision)
+    for name, value in given:
+        setattr(image_processor, name, value)
     return MiniCPMVProcessor(image_processor, tokenizer)
