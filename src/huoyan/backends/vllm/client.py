@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,12 @@ class Client:
         self._pictures = pictures
         self._closed = threading.Event()
         self._failure: EngineDied | None = None
-        threading.Thread(target=self._watch, name="huoyan-vllm-watch", daemon=True).start()
+        core = engine.engine_core
+        if hasattr(core, "outputs_queue") and hasattr(core, "resources"):
+            # It must not keep alive what it watches: a model that is dropped takes its processes along.
+            watched = (self._closed, core.resources, core.outputs_queue)
+            threading.Thread(target=_watch, args=watched, name="huoyan-vllm-watch", daemon=True).start()
+            weakref.finalize(self, self._closed.set)
 
     def check(self, request: EngineRequest, params: Any) -> None:
         """Raise InputError where vLLM would refuse the request; nothing is sent."""
@@ -117,19 +123,15 @@ class Client:
         )
         return self._failure
 
-    def _watch(self) -> None:
-        """Wake a waiting `step` where vLLM's engine process was killed, of which vLLM tells its waiters nothing."""
-        core = getattr(self._engine, "engine_core", None)
-        resources, outputs = getattr(core, "resources", None), getattr(core, "outputs_queue", None)
-        del core
-        if resources is None or outputs is None:
-            return
-        while not self._closed.wait(WATCH_SECONDS):
-            if resources.engine_dead:
-                from vllm.v1.engine.exceptions import EngineDeadError
 
-                outputs.put_nowait(EngineDeadError())
-                return
+def _watch(closed: threading.Event, resources: Any, outputs: Any) -> None:
+    """Wake a waiting `step` where vLLM's engine process was killed, of which vLLM tells its waiters nothing."""
+    while not closed.wait(WATCH_SECONDS):
+        if resources.engine_dead:
+            from vllm.v1.engine.exceptions import EngineDeadError
+
+            outputs.put_nowait(EngineDeadError())
+            return
 
 
 def _is_death(error: Exception) -> bool:
