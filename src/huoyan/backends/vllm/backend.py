@@ -71,6 +71,9 @@ class VllmBackend:
         check_room(request, params.num_sequences, limits.max_model_len, limits.max_num_seqs)
         params.check_vocabulary(limits.vocab_size)
         check_supported(params)
+        if params.structured_outputs is not None:
+            # vLLM compiles it again; here a mistake is told in the native engine's words.
+            self._grammars.compile(params.structured_outputs)
         answering = self._answering(request)
         try:
             answering.start()
@@ -140,7 +143,7 @@ class VllmBackend:
 
     def _take(self, answering: Answering, output: Any) -> bool:
         reason = output.outputs[0].finish_reason
-        if reason in ("abort", "error"):
+        if reason in ("abort", "error") and output.request_id in answering.runs:
             self._fail(answering, "vLLM could not go on with the request: what it printed says why")
             return False
         try:
