@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import time
 from pathlib import Path
@@ -13,6 +12,8 @@ import pytest
 
 from tests.conftest import SEED
 from tests.peer.cases import CASES, MAX_TOKENS, requests, write_pictures
+from tests.peer.environment import peer_python as peer_python_of_make
+from tests.peer.environment import with_plugin
 
 MAX_MODEL_LEN = 4096
 _REPORT: list[str] = []
@@ -20,12 +21,12 @@ _REPORT: list[str] = []
 
 @pytest.fixture(scope="session")
 def peer_python() -> str:
-    found = os.environ.get("HUOYAN_PEER_PYTHON")
-    if not found:
+    found = peer_python_of_make()
+    if found is None:
         pytest.skip(
             "HUOYAN_PEER_PYTHON does not name the python of an environment with vLLM: run `make test-peer`"
         )
-    return os.path.abspath(found)
+    return found
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +71,7 @@ def peer_answers(
             [peer_python, str(script), str(root / "jobs.json"), str(root / "answers.json")],
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+            env=with_plugin(root / "site"),
             timeout=900,
             check=False,
         )

@@ -3,60 +3,23 @@
 usage: python vllm_answers.py JOBS.json ANSWERS.json
 
 A job names a checkpoint folder and its requests; each is a conversation or a raw prompt, with picture files.
-vLLM runs remote code of the checkpoint for this model, so it gets a temporary copy with `remote_code/` beside
-links to the weights. No module of huoyan is imported here.
+vLLM runs the folder as it is, by the plugin; everything behind the pictures' patches is its own.
 """
 
 import json
 import os
-import shutil
 import sys
-import tempfile
 import time
 from pathlib import Path
 
-SETTINGS = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "VLLM_NO_USAGE_STATS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}
-AUTO_MAP = {
-    "config.json": {"AutoConfig": "configuration_minicpmv.MiniCPMVConfig"},
-    "preprocessor_config.json": {
-        "AutoProcessor": "processing_minicpmv.MiniCPMVProcessor",
-        "AutoImageProcessor": "image_processing_minicpmv.MiniCPMVImageProcessor",
-    },
-}
 TOP = 5
 
 
-def peer_copy(folder, copy):
-    """The checkpoint as vLLM wants it: with classes to import, weights linked, nothing else changed."""
-    for path in Path(folder).iterdir():
-        if path.name in AUTO_MAP:
-            fields = json.loads(path.read_text(encoding="utf-8")) | {"auto_map": AUTO_MAP[path.name]}
-            (copy / path.name).write_text(json.dumps(fields), encoding="utf-8")
-        elif path.is_file():
-            (copy / path.name).symlink_to(path.resolve())
-    for path in (Path(__file__).parent / "remote_code").glob("*.py"):
-        shutil.copy(path, copy / path.name)
-
-
-def load(folder, job):
-    import torch
-
-    # A CPU build of torch has no CUDA streams, and raises when this model's resampler asks about them.
-    if not torch.cuda.is_available():
-        torch.cuda.is_current_stream_capturing = lambda: False
+def load(job):
     from vllm import LLM
 
     return LLM(
-        str(folder),
-        trust_remote_code=True,
+        job["folder"],
         dtype=job["dtype"],
         max_model_len=job["max_model_len"],
         max_num_seqs=16,
@@ -102,33 +65,31 @@ def answers(job):
     from vllm.sampling_params import BeamSearchParams
 
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="peer-checkpoint-") as copy:
-        peer_copy(job["folder"], Path(copy))
-        llm = load(copy, job)
-        loaded = time.perf_counter()
-        greedy = SamplingParams(temperature=0, max_tokens=job["max_tokens"], logprobs=TOP, ignore_eos=True)
-        chats = [request for request in job["requests"] if "question" in request]
-        raws = [request for request in job["requests"] if "prompt" in request]
-        chatted = llm.chat([conversation(r) for r in chats], greedy, use_tqdm=False)
-        outputs = list(zip(chats, chatted, strict=True))
-        generated = llm.generate([vllm_prompt(r) for r in raws], greedy, use_tqdm=False)
-        outputs += zip(raws, generated, strict=True)
-        found = {request["id"]: _answer(output) for request, output in outputs}
-        decoded = time.perf_counter()
-        searched = [request for request in raws if request.get("beams")]
-        for width in sorted({request["beams"] for request in searched}):
-            batch = [request for request in searched if request["beams"] == width]
-            params = BeamSearchParams(beam_width=width, max_tokens=job["max_tokens"], ignore_eos=True)
-            beams = llm.beam_search([vllm_prompt(r) for r in batch], params)
-            for request, output in zip(batch, beams, strict=True):
-                prompt_len = len(found[request["id"]]["prompt_token_ids"])
-                found[request["id"]]["beams"] = [
-                    {"token_ids": list(beam.tokens[prompt_len:]), "cumulative_logprob": beam.cum_logprob}
-                    for beam in output.sequences
-                ]
-        ended = time.perf_counter()
-        del llm
-        release()
+    llm = load(job)
+    loaded = time.perf_counter()
+    greedy = SamplingParams(temperature=0, max_tokens=job["max_tokens"], logprobs=TOP, ignore_eos=True)
+    chats = [request for request in job["requests"] if "question" in request]
+    raws = [request for request in job["requests"] if "prompt" in request]
+    chatted = llm.chat([conversation(r) for r in chats], greedy, use_tqdm=False)
+    outputs = list(zip(chats, chatted, strict=True))
+    generated = llm.generate([vllm_prompt(r) for r in raws], greedy, use_tqdm=False)
+    outputs += zip(raws, generated, strict=True)
+    found = {request["id"]: _answer(output) for request, output in outputs}
+    decoded = time.perf_counter()
+    searched = [request for request in raws if request.get("beams")]
+    for width in sorted({request["beams"] for request in searched}):
+        batch = [request for request in searched if request["beams"] == width]
+        params = BeamSearchParams(beam_width=width, max_tokens=job["max_tokens"], ignore_eos=True)
+        beams = llm.beam_search([vllm_prompt(r) for r in batch], params)
+        for request, output in zip(batch, beams, strict=True):
+            prompt_len = len(found[request["id"]]["prompt_token_ids"])
+            found[request["id"]]["beams"] = [
+                {"token_ids": list(beam.tokens[prompt_len:]), "cumulative_logprob": beam.cum_logprob}
+                for beam in output.sequences
+            ]
+    ended = time.perf_counter()
+    del llm
+    release()
     times = {"load": loaded - started, "greedy": decoded - loaded, "beams": ended - decoded}
     return {"answers": found, "seconds": times}
 
@@ -146,8 +107,8 @@ def _answer(output):
 
 def main():
     jobs_file, answers_file = sys.argv[1:]
-    for name, value in SETTINGS.items():
-        os.environ.setdefault(name, value)
+    # Several checkpoints one after the other in one process save the imports.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     jobs = json.loads(Path(jobs_file).read_text(encoding="utf-8"))
     found = {}
     for name, job in jobs.items():

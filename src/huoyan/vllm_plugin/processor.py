@@ -11,10 +11,8 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 from vllm.model_executor.models.minicpmv import MiniCPMVMultiModalProcessor, MiniCPMVProcessingInfo
 
+from huoyan.errors import InputError
 from huoyan.vllm_plugin.image_processor import MiniCPMVImageProcessor
-
-OPTIONS = ("max_slice_nums", "use_image_id")
-"""What `mm_processor_kwargs` may say, of the whole engine or of one prompt."""
 
 
 class MiniCPMVProcessor(ProcessorMixin):  # type: ignore[misc]
@@ -34,8 +32,7 @@ class HuoyanProcessingInfo(MiniCPMVProcessingInfo):  # type: ignore[misc]
     """vLLM's, with our processor."""
 
     def get_hf_processor(self, **kwargs: object) -> MiniCPMVProcessor:
-        merged = self.ctx.get_merged_mm_kwargs(kwargs)
-        given = tuple((name, merged[name]) for name in OPTIONS if merged.get(name) is not None)
+        given = _options(self.ctx.get_merged_mm_kwargs(kwargs))
         model = self.ctx.model_config
         return _processor(model.model, model.revision, self.get_tokenizer(), given)
 
@@ -63,6 +60,17 @@ class HuoyanMultiModalProcessor(MiniCPMVMultiModalProcessor):  # type: ignore[mi
         image_processor = self.info.get_hf_processor(**self._options).image_processor
         text: str = image_processor.get_slice_image_placeholder(image_size, image_idx)
         return text
+
+
+def _options(merged: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """What `mm_processor_kwargs` says of pictures, for the whole engine or for one prompt."""
+    slices, numbered = merged.get("max_slice_nums"), merged.get("use_image_id")
+    if slices is not None and (isinstance(slices, bool) or not isinstance(slices, int) or slices < 1):
+        raise InputError(f"max_slice_nums must be a whole number of at least 1, not {slices!r}")
+    if numbered is not None and not isinstance(numbered, bool):
+        raise InputError(f"use_image_id must be true or false, not {numbered!r}")
+    options = {"max_slice_nums": slices, "use_image_id": numbered}
+    return tuple((name, value) for name, value in options.items() if value is not None)
 
 
 @lru_cache(maxsize=32)
