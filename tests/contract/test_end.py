@@ -48,7 +48,9 @@ def test_every_waiter_hears_of_a_death(pair: Pair) -> None:
 
         started = asyncio.Event()
         tasks = [asyncio.ensure_future(one(i)) for i in range(4)]
-        await started.wait()
+        first = asyncio.ensure_future(started.wait())
+        await asyncio.wait([first, *tasks], return_when=asyncio.FIRST_COMPLETED)
+        assert started.is_set()
         os.kill(process.pid, signal.SIGKILL)
         return await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 30)
 

@@ -18,6 +18,10 @@ def children_ignore_ctrl_c() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
+    from multiprocessing import resource_tracker
+
+    # It unblocks SIGINT where it starts, which would be in the midst of starting vLLM's first process.
+    resource_tracker.ensure_running()
     done = threading.Event()
     threading.Thread(target=done.wait, name="huoyan-vllm-signals", daemon=True).start()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})

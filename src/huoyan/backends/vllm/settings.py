@@ -24,6 +24,8 @@ _ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     # No network unless asked.
     "VLLM_NO_USAGE_STATS": "1",
+    # On a CPU vLLM would round the activations of int4 layers to 8 bits.
+    "VLLM_CPU_INT4_W4A8": "0",
     "TOKENIZERS_PARALLELISM": "false",
 }
 
