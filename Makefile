@@ -28,9 +28,9 @@ demo: $(BIN)/huoyan  ## ask the embedded model about a picture and a video
 test: $(VENV)/.dev  ## the tests that need no GPU and no peer
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not peer"
 
-test-peer: $(VENV)/.dev  ## hold engine and vLLM backend against vLLM on the CPU, in an environment of its own (.venv-peer)
+test-peer: $(VENV)/.dev  ## engine, vLLM backend and plugin against vLLM on the CPU, in an environment of its own (.venv-peer)
 	@$(PYTHON) tests/peer/install.py .venv-peer
-	@HUOYAN_PEER_PYTHON=.venv-peer/bin/python $(BIN)/python -m pytest -q -m peer tests/peer
+	@HUOYAN_PEER_PYTHON=.venv-peer/bin/python $(BIN)/python -m pytest -q -m peer tests/peer tests/vllm_plugin
 	@.venv-peer/bin/python -m pytest -q -p no:cacheprovider -m peer tests/contract
 
 test-gpu:  ## the GPU tests, with the python that has torch with CUDA (PYTHON=...)
