@@ -378,3 +378,27 @@ def test_random_weights_need_no_files(checkpoint: Path, tmp_path: Path) -> None:
             shutil.copy(file, tmp_path)
     with LLM(tmp_path, load_format="dummy", max_model_len=512) as llm:
         assert llm.generate("hello", GREEDY)[0].outputs
+
+
+def test_originals_instead_of_slices_change_no_answer(llm: LLM, checkpoint: Path) -> None:
+    """Where the device resizes, requests carry the picture as it is; an encoder without that cuts it itself."""
+    content = [{"type": "image", "image": noise(5)}, {"type": "text", "text": "hello"}]
+    messages = [{"role": "user", "content": content}]
+    expected = ids(llm.chat(messages, GREEDY, use_tqdm=False)[0])
+    with LLM(model=str(checkpoint), max_model_len=4000) as other:
+        prepare = other._runtime.frontend.prepare
+        seen: list[Any] = []
+
+        def remember(*given: Any) -> Any:
+            seen.append(prepare(*given))
+            return seen[-1]
+
+        other._runtime.frontend.prepare = remember  # type: ignore[method-assign]
+        assert ids(other.chat(messages, GREEDY, use_tqdm=False)[0]) == expected
+        other._runtime.frontend.keep_originals()  # type: ignore[attr-defined]
+        other._runtime.backend.pictures.clear()  # type: ignore[attr-defined]
+        assert ids(other.chat(messages, GREEDY, use_tqdm=False)[0]) == expected
+    cut, kept = (request.pictures[0] for request in seen)
+    assert cut.original is None, "a CPU is better served by Pillow"
+    assert kept.original is not None
+    assert kept.key == cut.key

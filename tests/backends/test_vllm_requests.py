@@ -20,7 +20,7 @@ from huoyan.backends.vllm.backend import Limits, VllmBackend
 from huoyan.engine.answer import Answer, StopRules
 from huoyan.engine.beam import BeamSearch
 from huoyan.engine.request import EngineRequest
-from huoyan.engine.sampler import SamplingRow, beam_candidates, needs_counts
+from huoyan.engine.sampler import SamplingRow, beam_candidates
 from huoyan.engine.token_counts import TokenCounts
 from huoyan.errors import InputError
 from huoyan.prompt.types import EncodedPrompt
@@ -70,7 +70,7 @@ def lockstep(table: Table, prompt: list[int], params: SamplingParams) -> list[An
         rows = []
         for answer in live:
             counts = None
-            if needs_counts(params):
+            if params.has_penalties:
                 counts = TokenCounts(prompt)
                 counts.update(answer.token_ids)
             rows.append(SamplingRow(params, len(answer.token_ids), rules.held_back, counts))

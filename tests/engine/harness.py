@@ -11,8 +11,10 @@ from torch import Tensor
 from huoyan.api.outputs import RequestOutput
 from huoyan.api.sampling_params import SamplingParams
 from huoyan.engine.answer import ChosenToken
+from huoyan.engine.chooser import Choice, Chosen
 from huoyan.engine.config import EngineConfig
 from huoyan.engine.engine import Engine
+from huoyan.engine.in_flight import InFlight
 from huoyan.engine.request import EngineRequest
 from huoyan.engine.runner import ForwardOutput
 from huoyan.engine.schedule import Schedule
@@ -31,6 +33,7 @@ def small_config(rng: random.Random, **fixed: object) -> EngineConfig:
         "max_encoder_slices": rng.randint(1, 6),
         "picture_cache_bytes": rng.choice([0, 3000, 1 << 20]),
         "enable_prefix_caching": rng.random() < 0.7,
+        "run_ahead": rng.random() < 0.5,
         **fixed,
     }
     sizes.setdefault("num_blocks", -(-rng.randint(25, 130) // int(str(sizes["block_size"]))))
@@ -41,7 +44,7 @@ def watch(engine: Engine) -> None:
     """Before every forward: no slot is written twice, no block that is shared or has known contents."""
     forward = engine.runner.forward
 
-    def checked(schedule: Schedule) -> ForwardOutput:
+    def checked(schedule: Schedule, before: InFlight | None = None) -> ForwardOutput:
         written: set[int] = set()
         size, pool = engine.pool.block_size, engine.pool
         assert schedule.num_tokens <= engine.config.max_num_batched_tokens
@@ -67,9 +70,26 @@ def watch(engine: Engine) -> None:
                     assert chunk.sequence is holders[0]
                     assert chunk.sequence.group.metrics.preemptions
                 assert pool._hash_of[block] is None, "known contents are overwritten"
-        return forward(schedule)
+        return forward(schedule, before)
 
     engine.runner.forward = checked  # type: ignore[method-assign]
+
+
+class Known(Choice):
+    """Tokens that are chosen already."""
+
+    def __init__(self, chosen: dict[Group, Chosen]) -> None:
+        self.chosen = chosen
+        super().__init__(
+            {g: len(tokens) for g, tokens in chosen.items() if not isinstance(tokens, Exception)}
+        )
+
+    @property
+    def token_ids(self) -> Tensor:
+        return torch.tensor([t.token_id for g in self.sampled for t in self.chosen[g]])  # type: ignore[union-attr]
+
+    def read(self) -> dict[Group, Chosen]:
+        return self.chosen
 
 
 class TopFirst:
@@ -84,15 +104,17 @@ class TopFirst:
     def forget(self, group: Group) -> None:
         pass
 
-    def choose(self, logits: Tensor, rows: Mapping[Group, list[int]]) -> dict[Group, list[ChosenToken]]:
-        chosen = {}
+    def choose(
+        self, logits: Tensor, rows: Mapping[Group, list[int]], before: InFlight | None = None
+    ) -> Choice:
+        chosen: dict[Group, Chosen] = {}
         for group, own in rows.items():
             if group.width > 1 and not group.in_lockstep:
                 chosen[group] = [ChosenToken(t) for t in logits[own[0]].topk(group.width).indices.tolist()]
             else:
                 assert len(own) == len(group.sequences), "a group does not move together"
                 chosen[group] = [ChosenToken(int(logits[row].argmax())) for row in own]
-        return chosen
+        return Known(chosen)
 
 
 def drive(

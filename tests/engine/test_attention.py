@@ -56,6 +56,7 @@ def test_agrees_with_dense_attention(seed: int, dtype: torch.dtype, monkeypatch:
             seq = SimpleNamespace(
                 block_table=table,
                 output_ids=[7],
+                num_known=n,
                 group=SimpleNamespace(prompt_len=n - 1),
                 token_ids=lambda a, b: np.arange(a, b),
             )
@@ -90,6 +91,7 @@ def test_batch_arrays(seed: int) -> None:
             seq = SimpleNamespace(
                 block_table=table,
                 output_ids=[i * 1000 + n - 1],
+                num_known=n,
                 group=SimpleNamespace(prompt_len=n - 1),
                 token_ids=lambda a, b, i=i: i * 1000 + np.arange(a, b),
             )

@@ -11,11 +11,12 @@ import torch
 
 from huoyan.engine.config import EngineConfig
 from huoyan.engine.engine import Engine
+from huoyan.engine.in_flight import InFlight
 from huoyan.engine.schedule import Schedule
 from huoyan.errors import CapacityError, InputError
 from huoyan.models.minicpmv import MiniCPMV
 from huoyan.prompt.types import EncodedPrompt, PictureSlot
-from tests.engine.harness import TopFirst, drive
+from tests.engine.harness import Known, TopFirst, drive
 from tests.engine.support import greedy, picture, plain_greedy, plain_logits, request, tiny_model, words
 
 
@@ -101,12 +102,12 @@ def test_a_failing_step_ends_its_requests_and_the_engine_goes_on(model: MiniCPMV
     forward = engine.runner.forward
     broken = True
 
-    def fail(schedule: Schedule) -> object:
+    def fail(schedule: Schedule, before: InFlight | None) -> object:
         nonlocal broken
         if broken:
             broken = False
             raise RuntimeError("the device is\nunhappy")
-        return forward(schedule)
+        return forward(schedule, before)
 
     engine.runner.forward = fail  # type: ignore[method-assign, assignment]
     outputs = drive(engine, requests)
@@ -121,12 +122,10 @@ def test_a_token_that_cannot_be_chosen_ends_its_request_only(model: MiniCPMV) ->
     engine = Engine(model, EngineConfig(num_blocks=100))
 
     class Moody(TopFirst):
-        def choose(self, logits, rows):  # type: ignore[no-untyped-def]
-            chosen = super().choose(logits, rows)
-            return {
-                g: InputError("no token is allowed here") if g.request_id == "bad" else c
-                for g, c in chosen.items()
-            }
+        def choose(self, logits, rows, before=None):  # type: ignore[no-untyped-def]
+            chosen = super().choose(logits, rows, before).read()
+            bad = InputError("no token is allowed here")
+            return Known({g: bad if g.request_id == "bad" else c for g, c in chosen.items()})
 
     engine._chooser = Moody()  # type: ignore[assignment]
     requests = [request("good", [5, 6]), request("bad", [7, 8])]

@@ -5,12 +5,20 @@ from __future__ import annotations
 import copy
 import random
 
+import numpy as np
 import pytest
 import torch
 
+from huoyan.api.outputs import RequestOutput
 from huoyan.api.sampling_params import SamplingParams
 from huoyan.engine.config import EngineConfig
 from huoyan.engine.engine import Engine
+from huoyan.engine.picture_encoder import PictureEncoder
+from huoyan.engine.request import EngineRequest
+from huoyan.media.originals import Originals
+from huoyan.media.picture import Picture
+from huoyan.media.prepare import prepare_picture
+from huoyan.media.types import PreparedPicture, SliceRules
 from huoyan.models.minicpmv import MiniCPMV
 from tests.engine.harness import drive
 from tests.engine.support import VOCAB, greedy, picture, plain_logits, request, tiny_model, words
@@ -44,6 +52,12 @@ def test_tokens_and_logprobs_are_the_plain_model_s(
             parts = [*parts, rng.choice(pictures), *words(rng, 3)]
         requests.append(request(f"r{i}", parts, greedy(rng.choice([1, 5, 20]))))
     outputs = drive(engine_on_gpu(model, dtype, enforce_eager=enforce_eager), requests, rng)
+    check_answers(model, requests, outputs, dtype)
+
+
+def check_answers(
+    model: MiniCPMV, requests: list[EngineRequest], outputs: dict[str, RequestOutput], dtype: torch.dtype
+) -> None:
     for req in requests:
         answer = outputs[req.request_id].outputs[0]
         rows = plain_logits(model, req, answer.token_ids)[len(req.prompt.token_ids) - 1 : -1].log_softmax(-1)
@@ -53,6 +67,54 @@ def test_tokens_and_logprobs_are_the_plain_model_s(
         assert answer.cumulative_logprob == pytest.approx(
             float(own.sum()), abs=NOISE[dtype] * len(answer.token_ids)
         )
+
+
+def original(rng: random.Random) -> PreparedPicture:
+    """Noise that the device is to resize and cut."""
+    noise = np.random.default_rng(rng.randrange(2**32))
+    pixels = noise.integers(0, 256, (rng.randint(1, 150), rng.randint(1, 150), 3), np.uint8)
+    prepared = prepare_picture(Picture(pixels), SliceRules(scale_resolution=56), 4, Originals())
+    assert prepared.original is not None
+    return prepared
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_pictures_that_the_device_resizes_while_others_decode(
+    model: MiniCPMV, seed: int, dtype: torch.dtype
+) -> None:
+    rng = random.Random(seed)
+    engine = engine_on_gpu(model, dtype, num_blocks=300, max_encoder_slices=6)
+    assert engine.takes_originals
+    assert engine.scheduler.encodes_beside
+    pictures = [original(rng) for _ in range(8)]
+    requests = [request("text", words(rng, 5), greedy(100))]
+    for i in range(24):
+        parts = [*words(rng, 3), rng.choice(pictures), *words(rng, 3), original(rng), *words(rng, 2)]
+        requests.append(request(f"r{i}", parts, greedy(rng.choice([1, 5, 20]))))
+    outputs = drive(engine, requests, rng)
+    check_answers(model, requests, outputs, dtype)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("graphs", [True, False])
+def test_embeddings_do_not_depend_on_the_path(
+    model: MiniCPMV, seed: int, dtype: torch.dtype, graphs: bool
+) -> None:
+    """Cut by Pillow or here, launched or captured: the patches are equal, so the embeddings are within rounding."""
+    rng = random.Random(seed)
+    on_gpu = copy.deepcopy(model).to("cuda", dtype)
+    device, host = PictureEncoder(on_gpu, 8, graphs=graphs), PictureEncoder(on_gpu, 8, on_device=False)
+    assert device.takes_originals
+    batches = [[original(rng) for _ in range(rng.randint(1, 4))] for _ in range(3)]
+    for _ in range(4):
+        for batch in batches:
+            got, ready = device.encode(batch)
+            assert ready is not None
+            ready.wait()
+            for mine, theirs in zip(got, host.encode(batch)[0], strict=True):
+                torch.testing.assert_close(mine, theirs, rtol=NOISE[dtype] / 4, atol=NOISE[dtype] / 4)
+    assert not graphs or (device._graphs is not None and device._graphs.num_captured)
 
 
 def test_graphs_change_nothing(model: MiniCPMV, seed: int) -> None:

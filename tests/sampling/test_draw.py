@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from huoyan.api.sampling_params import SamplingParams
-from huoyan.engine.draw import CANDIDATES, draw
+from huoyan.engine.draw import CANDIDATES, Filters, _draw_filtered, _draw_unseen, draw, has_filters
 from huoyan.engine.noise import exponential, mix
 from tests.sampling.test_sampler import plain_support
 
@@ -57,6 +57,23 @@ def test_batches_draw_what_rows_draw_alone(seed: int, scale: float) -> None:
                 compared += 1
                 assert together[i] == token, (p, scale)
     assert compared > 15
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 6.0])
+@pytest.mark.parametrize("grain", [None, 0.25])
+def test_the_way_of_a_gpu_draws_the_same(seed: int, scale: float, grain: float | None) -> None:
+    """`grain` rounds the logits, as 16 bits do, so that many tie at every cut."""
+    rng = random.Random(seed)
+    g = torch.Generator().manual_seed(seed)
+    for _ in range(6):
+        params = [p for p in (random_params(rng) for _ in range(16)) if has_filters(p)]
+        logits = scale * torch.randn(len(params), VOCAB, generator=g)
+        if grain:
+            logits = (logits / scale / grain).round() * grain * scale
+        keys = torch.tensor([[mix(rng.randrange(2**50))] for _ in params])
+        filters = Filters.of(params, VOCAB, logits.device)
+        want, got = (way(logits.clone(), filters, keys) for way in (_draw_filtered, _draw_unseen))
+        assert want.tolist() == got.tolist()
 
 
 def test_ties_at_the_cut_stay() -> None:

@@ -118,7 +118,7 @@ def test_min_tokens_yields_to_a_grammar_at_its_end(compiler: GrammarCompiler, to
         allowed = state.allowed(torch.device("cpu"))
         guided = SamplingRow(params, len(ids), frozenset({end}), allowed=allowed)
         free = SamplingRow(params, len(ids), frozenset({end}))
-        found = sample(logits, [free, guided])
+        found = sample(logits, [free, guided]).read()
         assert found[1].token_id == end
         assert found[1].logprob == pytest.approx(float(logits[1].log_softmax(-1)[end]), abs=1e-5)
         assert found[0].token_id != end

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from huoyan.api.prompts import ChatPrompt, CompletionPrompt, Prompt
     from huoyan.api.sampling_params import SamplingParams
     from huoyan.engine.request import EngineRequest
+    from huoyan.media.originals import Originals
     from huoyan.media.types import MediaItem
     from huoyan.prompt.generation_defaults import GenerationDefaults
     from huoyan.prompt.processor import PromptProcessor
@@ -55,6 +56,7 @@ class CheckpointFrontend:
         self._defaults = defaults
         self._choices = choices
         self._with_template = lru_cache(maxsize=8)(self._replace_template)
+        self._originals: Originals | None = None
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -63,6 +65,12 @@ class CheckpointFrontend:
     @property
     def chat_template(self) -> Any:
         return self._processor.template
+
+    def keep_originals(self) -> None:
+        """From now on the device resizes pictures, as far as the memory for those that wait goes."""
+        from huoyan.media.originals import Originals
+
+        self._originals = Originals()
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
@@ -88,7 +96,7 @@ class CheckpointFrontend:
 
         arrival = monotonic()
         items, encoded = self._chat(prompt) if isinstance(prompt, ChatPrompt) else self._completion(prompt)
-        pictures = prepare_items(items, self._processor.rules)
+        pictures = prepare_items(items, self._processor.rules, originals=self._originals)
         return EngineRequest(request_id, encoded, params, tuple(pictures), arrival)
 
     def _completion(self, prompt: CompletionPrompt) -> tuple[list[MediaItem], EncodedPrompt]:

@@ -116,13 +116,16 @@ def _open_native(folder: Path, frontend: CheckpointFrontend, options: EngineOpti
                 seed=options.seed,
                 progress=progress,
             )
-        return Engine(
+        engine = Engine(
             model,
             config,
             eos_token_id=tokenizer.eos_token_id,
             stop_token_ids=frontend.stop_token_ids,
             tokenizer=tokenizer,
         )
+        if engine.takes_originals:
+            frontend.keep_originals()
+        return engine
     except torch.OutOfMemoryError as error:
         raise CapacityError(
             f"{options.model} ({checkpoint.nbytes / 2**30:.1f} GiB of weights) does not fit into the memory "

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from huoyan.kernels.paged_decode import paged_decode
 from huoyan.kernels.rope_cache import rope_cache
+from huoyan.layers.packed_attention import to_device
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -30,8 +31,7 @@ class StepTensors:
             batch.seq_lens,
             batch.block_tables.reshape(-1),
         ]
-        host = torch.from_numpy(np.concatenate(parts).astype(np.int32))
-        together = (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
+        together = to_device(torch.from_numpy(np.concatenate(parts).astype(np.int32)), device)
         pieces = together.split([len(part) for part in parts])
         self.positions, self.slot_mapping, self.seq_lens = pieces[:3]
         self.block_tables = pieces[3].view(batch.block_tables.shape)
@@ -87,7 +87,7 @@ class _PrefillPlan:
         self.max_q, self.max_k = int(q_lengths.max()), int(k_lengths.max())
         device = cache.keys.device
         cu = torch.tensor([starts.tolist(), [0, *accumulate(k_lengths.tolist())]], dtype=torch.int32)
-        self.cu_q, self.cu_k = cu.to(device, non_blocking=True).unbind(0)
+        self.cu_q, self.cu_k = to_device(cu, device).unbind(0)
         self.slots: Tensor | None = None
         if (k_lengths != q_lengths).any():
             size = cache.block_size
@@ -95,7 +95,7 @@ class _PrefillPlan:
                 (table[:, None] * size + np.arange(size)).reshape(-1)[:length]
                 for table, length in zip(batch.block_tables[first:], k_lengths.tolist(), strict=True)
             ]
-            self.slots = torch.from_numpy(np.concatenate(slots)).to(device, non_blocking=True)
+            self.slots = to_device(torch.from_numpy(np.concatenate(slots)), device)
 
     def attend(self, rows: Tensor, heads: int, keys: Tensor, values: Tensor) -> Tensor:
         """rows [T, heads + 2 kv_heads, head_dim], rotated -> [T, heads, head_dim]."""

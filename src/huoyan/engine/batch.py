@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from huoyan.engine.schedule import Chunk, Schedule
+    from huoyan.engine.sequence import Sequence
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,9 @@ class Batch:
     chunks: list[Chunk]
     num_decodes: int
     token_ids: NDArray[np.int64]
-    """[T]"""
+    """[T]; 0 where the token is still in flight."""
+    in_flight: list[Sequence | None]
+    """[num_decodes] sequences whose token the host does not know yet."""
     positions: NDArray[np.int64]
     """[T]"""
     slot_mapping: NDArray[np.int64]
@@ -67,17 +70,30 @@ def build_batch(schedule: Schedule, block_size: int) -> Batch:
     owner = np.repeat(np.arange(len(chunks)), lengths)
     positions = np.arange(cu_seqlens_q[-1]) - np.repeat(cu_seqlens_q[:-1] - starts, lengths)
     slot_mapping = block_tables[owner, positions // block_size] * block_size + positions % block_size
-    token_ids = _token_ids(chunks, num_decodes)
+    decodes = chunks[:num_decodes]
+    in_flight = [c.sequence if c.start >= c.sequence.num_known else None for c in decodes]
+    token_ids = _token_ids(chunks, in_flight)
     return Batch(
-        chunks, num_decodes, token_ids, positions, slot_mapping, cu_seqlens_q, seq_lens, block_tables, order
+        chunks,
+        num_decodes,
+        token_ids,
+        in_flight,
+        positions,
+        slot_mapping,
+        cu_seqlens_q,
+        seq_lens,
+        block_tables,
+        order,
     )
 
 
-def _token_ids(chunks: list[Chunk], num_decodes: int) -> NDArray[np.int64]:
-    last = np.array([_token_at(chunk) for chunk in chunks[:num_decodes]], np.int64)
-    if num_decodes == len(chunks):
+def _token_ids(chunks: list[Chunk], in_flight: list[Sequence | None]) -> NDArray[np.int64]:
+    last = np.array(
+        [0 if late else _token_at(chunk) for chunk, late in zip(chunks, in_flight, strict=False)], np.int64
+    )
+    if len(in_flight) == len(chunks):
         return last
-    rest = [chunk.sequence.token_ids(chunk.start, chunk.end) for chunk in chunks[num_decodes:]]
+    rest = [chunk.sequence.token_ids(chunk.start, chunk.end) for chunk in chunks[len(in_flight) :]]
     return np.concatenate([last, *rest])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,9 +11,9 @@ from huoyan.engine.answer import ChosenToken
 from huoyan.engine.noise import mix
 from huoyan.engine.sampler import (
     BeamCandidates,
+    SampledTokens,
     SamplingRow,
     beam_candidates,
-    needs_counts,
     sample,
 )
 from huoyan.engine.structured import GrammarCompiler, GrammarState
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from huoyan.api.sampling_params import SamplingParams
+    from huoyan.engine.in_flight import InFlight
     from huoyan.engine.sequence import Group, Sequence
     from huoyan.prompt.tokenizer import Tokenizer
 
@@ -42,6 +44,30 @@ class SequenceState:
 
 
 Chosen = list[ChosenToken] | list[BeamCandidates] | Exception
+
+
+@dataclass
+class Choice:
+    """What follows the sequences of a step: on the device at once, for the host when it is read."""
+
+    sampled: dict[Group, int] = field(default_factory=dict)
+    """How many tokens each group got, in the order in which they stand in `tokens`."""
+    tokens: SampledTokens | None = None
+    candidates: dict[Group, list[BeamCandidates]] = field(default_factory=dict)
+    failed: dict[Group, Exception] = field(default_factory=dict)
+
+    @property
+    def token_ids(self) -> Tensor | None:
+        """int64 [tokens], on the device."""
+        return None if self.tokens is None else self.tokens.ids
+
+    def read(self) -> dict[Group, Chosen]:
+        """Waits until they are chosen."""
+        out: dict[Group, Chosen] = {**self.failed, **self.candidates}
+        found = iter(self.tokens.read() if self.tokens is not None else ())
+        for group, count in self.sampled.items():
+            out[group] = [next(found) for _ in range(count)]
+        return out
 
 
 class Chooser:
@@ -66,21 +92,26 @@ class Chooser:
         if params.structured_outputs is not None:
             self._grammars.compile(params.structured_outputs)
 
-    def choose(self, logits: Tensor, rows: Mapping[Group, list[int]]) -> dict[Group, Chosen]:
+    def choose(
+        self, logits: Tensor, rows: Mapping[Group, list[int]], before: InFlight | None = None
+    ) -> Choice:
         """One token for each of a group's sequences; for a beam search, the candidates of each live beam.
+
+        Call it when the step counts as launched, before the host learns its tokens.
 
         Args:
             logits: float32 [R, vocab].
             rows: for each group the rows of its sequences, in their order. The first step of several
                 samples has one row for all of them.
+            before: the step whose tokens the host does not know yet, where there is one.
         """
-        out: dict[Group, Chosen] = {}
+        choice = Choice()
         prepared: dict[Group, list[SamplingRow]] = {}
         for group, own in rows.items():
             try:
-                prepared[group] = self._rows(group, len(own), logits.device)
+                prepared[group] = self._rows(group, len(own), logits.device, before)
             except Exception as error:  # noqa: PERF203 - one request's fault is not the others'
-                out[group] = error
+                choice.failed[group] = error
         sampled = [g for g in prepared if not g.params.use_beam_search]
         if sampled:
             index = [
@@ -90,18 +121,16 @@ class Chooser:
                 for _ in range(n)
             ]
             flat = [row for g in sampled for row in prepared[g]]
-            found = iter(sample(_pick(logits, index), flat))
-            for group in sampled:
-                out[group] = [next(found) for _ in prepared[group]]
+            choice.sampled = {g: len(prepared[g]) for g in sampled}
+            choice.tokens = sample(_pick(logits, index), flat)
         searches = [g for g in prepared if g.params.use_beam_search]
         if searches:
             index = [row for g in searches for row in rows[g]]
             candidates = iter(
                 beam_candidates(_pick(logits, index), [r for g in searches for r in prepared[g]])
             )
-            for group in searches:
-                out[group] = [next(candidates) for _ in prepared[group]]
-        return out
+            choice.candidates = {g: [next(candidates) for _ in prepared[g]] for g in searches}
+        return choice
 
     def forget(self, group: Group) -> None:
         """The group has ended."""
@@ -114,28 +143,33 @@ class Chooser:
         if states is not None and parent in states:
             states[child] = states[parent].fork()
 
-    def _rows(self, group: Group, count: int, device: torch.device) -> list[SamplingRow]:
+    def _rows(
+        self, group: Group, count: int, device: torch.device, before: InFlight | None
+    ) -> list[SamplingRow]:
         params = group.params
         sequences = group.sequences[:count]
         first_of_several = count < group.width and not group.in_lockstep and not params.use_beam_search
         rows = []
         for seq in sequences:
             state = self._state(seq)
-            counts = grammar = None
+            counts = grammar = in_flight = None
             if state is not None:
                 counts, grammar = state.counts, state.grammar
                 if counts is not None:
                     counts.update(seq.output_ids)
+                    if before is not None and seq.num_in_flight > 1:
+                        in_flight = before.tokens([seq])[0]
                 if grammar is not None:
                     grammar.update(seq.output_ids)
             rows.append(
                 SamplingRow(
                     params,
-                    len(seq.output_ids),
+                    seq.num_outputs - 1,
                     stop_token_ids=seq.answer.rules.held_back if params.min_tokens else frozenset(),
                     counts=counts,
+                    in_flight=in_flight,
                     allowed=grammar.allowed(device) if grammar is not None else None,
-                    key=self._key(group, seq.index, len(seq.output_ids)) if params.temperature else 0,
+                    key=self._key(group, seq.index, seq.num_outputs - 1) if params.temperature else 0,
                 )
             )
         if first_of_several:
@@ -152,12 +186,12 @@ class Chooser:
     def _state(self, seq: Sequence) -> SequenceState | None:
         group = seq.group
         params = group.params
-        if not needs_counts(params) and params.structured_outputs is None:
+        if not params.has_penalties and params.structured_outputs is None:
             return None
         states = self._states.setdefault(group, {})
         if seq not in states:
             counts = None
-            if needs_counts(params):
+            if params.has_penalties:
                 counts = TokenCounts(group.prompt_ids)
             grammar = None
             if params.structured_outputs is not None:

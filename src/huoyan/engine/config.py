@@ -45,6 +45,9 @@ class EngineConfig:
     """Keep computed blocks for later requests that begin alike."""
     enforce_eager: bool = False
     """No CUDA graphs: each kernel of a decode step is launched by the host."""
+    run_ahead: bool | None = None
+    """Launch a step before the host has seen the tokens of the one before. None: where the device runs beside
+    the host and our kernels serve it."""
     seed: int = 0
     """For requests without a seed of their own."""
 
@@ -155,6 +158,9 @@ def _cuda_memory(
 
 def workspace_bytes(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> int:
     """What a step takes beside weights and cache, at most: activations, logits, encoder, picture cache."""
+    from huoyan.engine.encoder_graph import MOST_PATCHES
+    from huoyan.kernels import picture_kernels_enabled
+
     text, vision = model.text, model.vision
     wide = 3 * text.intermediate_size + 6 * text.hidden_size
     decoder = config.max_num_batched_tokens * wide * dtype.itemsize
@@ -162,7 +168,13 @@ def workspace_bytes(config: EngineConfig, model: ModelConfig, dtype: torch.dtype
     # A slice covers about scale_resolution², some 1024 patches of 14².
     patches = config.max_encoder_slices * 1100
     encoder = patches * (2 * vision.intermediate_size + 8 * vision.hidden_size) * dtype.itemsize
-    return max(decoder + logits, encoder) + config.picture_cache_bytes + 256 * MIB
+    if picture_kernels_enabled():
+        # Streams do not share what they have freed, so an encoder beside decodes takes its own, and its graphs too.
+        captured = 0 if config.enforce_eager else min(MOST_PATCHES, patches)
+        step = decoder + logits + encoder + encoder * captured // patches
+    else:
+        step = max(decoder + logits, encoder)
+    return step + config.picture_cache_bytes + 256 * MIB
 
 
 def total_memory() -> int:

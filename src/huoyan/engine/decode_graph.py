@@ -45,8 +45,11 @@ class DecodeGraphs:
         """Whether the step is decodes only, and few enough."""
         return batch.num_decodes == len(batch.chunks) <= self._sizes[-1]
 
-    def run(self, batch: Batch) -> Tensor:
-        """float32 [decodes, vocab], a row for each of the batch's tokens; valid until the next run."""
+    def run(self, batch: Batch, late: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """float32 [decodes, vocab], a row for each of the batch's tokens; valid until the next run.
+
+        `late`: rows and ids, int64 [N] each, of tokens that only the device knows.
+        """
         count = len(batch.chunks)
         size = next(s for s in self._sizes if s >= count)
         if size not in self._graphs:
@@ -54,7 +57,7 @@ class DecodeGraphs:
             graph.capture(self._pool)
             self._pool = graph.pool
             self._graphs[size] = graph
-        return self._graphs[size].replay(batch)[:count]
+        return self._graphs[size].replay(batch, late)[:count]
 
 
 class _Graph:
@@ -90,7 +93,7 @@ class _Graph:
         with torch.cuda.graph(self._graph, pool=pool):  # type: ignore[arg-type]  # the stub names a private type
             self._logits = self._forward()
 
-    def replay(self, batch: Batch) -> Tensor:
+    def replay(self, batch: Batch, late: tuple[Tensor, Tensor] | None) -> Tensor:
         count = len(batch.chunks)
         # The last copy must have read the host's rows before they change.
         self._copied.synchronize()
@@ -102,6 +105,8 @@ class _Graph:
         rows[count:, 2], rows[count:, 3] = -1, 1
         self._inputs.copy_(self._host, non_blocking=True)
         self._copied.record()
+        if late is not None:
+            self._inputs[:, 0].index_copy_(0, late[0], late[1].to(torch.int32))
         self._graph.replay()
         assert self._logits is not None
         return self._logits

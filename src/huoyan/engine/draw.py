@@ -2,7 +2,8 @@
 
 Each filter is a floor under the logits of a row; the highest of them holds. Tokens that tie with the last one
 kept are kept too, so the outcome does not depend on how a sort breaks ties. Floors are found among a row's
-likeliest tokens, and only where these do not decide is the row sorted.
+likeliest tokens, and only where these do not decide is the row sorted. On a GPU nobody looks whether they do, since
+that would keep the host waiting: there the floor's logit, once found, is held against the whole row.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 CANDIDATES = 256
 """Likeliest tokens of a row that are looked at first."""
 _SORT_ABOVE = 4096
-_MAX_NOISE = 1 << 17
-"""Tokens whose noise is made at once: what stays in a core's cache."""
+_MAX_NOISE = {"cpu": 1 << 17, "cuda": 1 << 24}
+"""Tokens whose noise is made at once: what stays in a core's cache, or takes little of a GPU's memory."""
 
 
 @dataclass
@@ -81,9 +82,10 @@ def draw(logits: Tensor, params: Sequence[SamplingParams], keys: Sequence[int]) 
     filtered = [i for i, p in enumerate(params) if has_filters(p)]
     key = torch.tensor(keys, dtype=torch.int64).unsqueeze(1).to(device, non_blocking=True)
     if len(filtered) == len(params):
-        return _draw_filtered(logits, Filters.of(params, logits.shape[1], device), key)
+        filters = Filters.of(params, logits.shape[1], device)
+        return (_draw_unseen if device.type == "cuda" else _draw_filtered)(logits, filters, key)
     if not filtered:
-        return _draw_plain(logits, Filters.of(params, logits.shape[1], device).temperature, key)
+        return _draw_whole(logits / Filters.of(params, logits.shape[1], device).temperature, None, key)
     out = torch.empty(len(params), dtype=torch.int64, device=device)
     plain = [i for i in range(len(params)) if not has_filters(params[i])]
     for which in (plain, filtered):
@@ -92,16 +94,27 @@ def draw(logits: Tensor, params: Sequence[SamplingParams], keys: Sequence[int]) 
     return out
 
 
-def _draw_plain(logits: Tensor, temperature: Tensor, keys: Tensor) -> Tensor:
-    """From the whole vocabulary."""
-    tokens = torch.arange(logits.shape[1], device=logits.device)
-    step = max(_MAX_NOISE // logits.shape[1], 1)
+def _draw_whole(x: Tensor, floor: Tensor | None, keys: Tensor) -> Tensor:
+    """From the whole vocabulary, or what of it reaches `floor: [R, 1]`; x is used up."""
+    tokens = torch.arange(x.shape[1], device=x.device)
+    step = max(_MAX_NOISE.get(x.device.type, 1 << 17) // x.shape[1], 1)
     parts = []
-    for first in range(0, len(logits), step):
-        x = logits[first : first + step] / temperature[first : first + step]
-        weights = x.sub_(x.amax(1, keepdim=True)).exp_()
+    for first in range(0, len(x), step):
+        some = x[first : first + step]
+        barred = None if floor is None else some < floor[first : first + step]
+        weights = some.sub_(some.amax(1, keepdim=True)).exp_()
+        if barred is not None:
+            weights.masked_fill_(barred, 0.0)
         parts.append(weights.div_(exponential(keys[first : first + step], tokens)).argmax(1))
     return torch.cat(parts)
+
+
+def _draw_unseen(logits: Tensor, filters: Filters, keys: Tensor) -> Tensor:
+    """What `_draw_filtered` draws, by a way that depends on the parameters alone and never on the logits."""
+    x = logits / filters.temperature
+    wide = x.shape[1] if filters.open_top_p else min(max(filters.most, 1), x.shape[1])
+    values = x.topk(wide).values
+    return _draw_whole(x, _floors(values, x, filters, tied=True)[1], keys)
 
 
 def _draw_filtered(logits: Tensor, filters: Filters, keys: Tensor) -> Tensor:
@@ -111,11 +124,12 @@ def _draw_filtered(logits: Tensor, filters: Filters, keys: Tensor) -> Tensor:
     if wide >= vocab or wide > _SORT_ABOVE:
         return _draw_sorted(x, filters, keys)
     values, ids = x.topk(wide)
-    floor = _floor(values, x, filters)
+    least_k, floor = _floors(values, x, filters)
     out = _pick(values, ids, floor, keys)
-    # Tokens that were not looked at might be above the floor, unless even the last one looked at is barred.
-    last = values[:, -1:]
-    undecided = ((last >= floor) & (last > float("-inf"))).squeeze(1).nonzero().squeeze(1)
+    # Tokens that were not looked at might be above the floor, or tie with the last of top_k and so count in its
+    # sum, unless even the last one looked at is barred.
+    last, bar = values[:, -1:], torch.where(least_k > float("-inf"), least_k, floor)
+    undecided = ((last >= bar) & (last > float("-inf"))).squeeze(1).nonzero().squeeze(1)
     if len(undecided):
         out[undecided] = _draw_sorted(x[undecided], filters.rows(undecided), keys[undecided])
     return out
@@ -123,11 +137,15 @@ def _draw_filtered(logits: Tensor, filters: Filters, keys: Tensor) -> Tensor:
 
 def _draw_sorted(x: Tensor, filters: Filters, keys: Tensor) -> Tensor:
     values, ids = x.sort(descending=True)
-    return _pick(values, ids, _floor(values, x, filters), keys)
+    return _pick(values, ids, _floors(values, x, filters)[1], keys)
 
 
-def _floor(values: Tensor, x: Tensor, filters: Filters) -> Tensor:
-    """The least logit that may be drawn, [R, 1], where `values` [R, C] has it: sorted, the likeliest of x."""
+def _floors(values: Tensor, x: Tensor, filters: Filters, *, tied: bool = False) -> tuple[Tensor, Tensor]:
+    """The least logits that top-k and that all filters let through, [R, 1] each, where `values` [R, C] has them:
+    sorted, the likeliest of x.
+
+    `tied`: tokens beyond the C-th may tie with it, and count.
+    """
     top = values[:, :1]
     width = values.shape[1]
     last = values.gather(1, filters.top_k.clamp(max=width) - 1)
@@ -135,6 +153,8 @@ def _floor(values: Tensor, x: Tensor, filters: Filters) -> Tensor:
     # Sums in float64: what is kept must not depend on how many candidates were looked at.
     weights = (values - top).exp_().double().masked_fill_(values < least_k, 0.0)
     mass = weights.sum(1, keepdim=True)
+    if tied and width < x.shape[1]:
+        mass = (x - top).exp_().double().masked_fill_(x < least_k, 0.0).sum(1, keepdim=True)
     if filters.open_top_p:
         everything = (x.logsumexp(1, keepdim=True) - top).double().exp_()
         mass = torch.where(filters.top_k < x.shape[1], mass, everything)
@@ -142,7 +162,7 @@ def _floor(values: Tensor, x: Tensor, filters: Filters) -> Tensor:
     kept = (before < filters.top_p * mass).sum(1, keepdim=True).clamp_(min=1)
     least_p = values.gather(1, kept - 1)
     least_p = torch.where(filters.top_p > 1, float("-inf"), least_p)
-    return torch.maximum(torch.maximum(least_k, least_p), top + filters.log_min_p)
+    return least_k, torch.maximum(torch.maximum(least_k, least_p), top + filters.log_min_p)
 
 
 def _pick(values: Tensor, ids: Tensor, floor: Tensor, keys: Tensor) -> Tensor:

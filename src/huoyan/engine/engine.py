@@ -13,6 +13,7 @@ from huoyan.engine.beam import BeamSearch
 from huoyan.engine.block_pool import BlockPool
 from huoyan.engine.chooser import Chooser
 from huoyan.engine.config import CacheSize, EngineConfig, size_cache
+from huoyan.engine.in_flight import InFlight
 from huoyan.engine.kv_cache import KVCache
 from huoyan.engine.output import request_output, shown_answers
 from huoyan.engine.picture_cache import PictureCache
@@ -95,10 +96,15 @@ class Engine:
 
             graphs = DecodeGraphs(model, cache, self.config.max_num_seqs, self.size.max_model_len)
         self.runner = Runner(model, cache, self.pictures, self.config.max_encoder_slices, graphs=graphs)
+        self.scheduler.encodes_beside = self.runner.encoder.runs_beside
         stops = frozenset(self._stop_token_ids) | (
             {eos_token_id} if eos_token_id is not None else frozenset()
         )
         self._chooser = Chooser(self.config.seed, text.vocab_size, tokenizer, stops)
+        self.run_ahead = (
+            has_fused_attention(model) if self.config.run_ahead is None else self.config.run_ahead
+        )
+        self._in_flight: InFlight | None = None
         self._groups: dict[str, Group] = {}
         self._steps = self._prompt_tokens = self._generated_tokens = self._preemptions = 0
         self._ended: list[RequestOutput] = []
@@ -141,31 +147,60 @@ class Engine:
         return bool(self._groups or self._ended)
 
     def step(self) -> list[RequestOutput]:
-        """Schedule, encode pictures, forward, choose tokens. One request's fault ends that request only."""
+        """Schedule, encode pictures, forward, choose tokens. One request's fault ends that request only.
+
+        Where the engine runs ahead, the step is launched before the tokens of the one before it are looked at,
+        and its own outputs come with the next call.
+        """
         outputs, self._ended = self._ended, []
+        before, self._in_flight = self._in_flight, None
+        if before is not None and not self._may_run_ahead():
+            self._land(before, outputs)
+            before = None
+        launched = self._launch(before, outputs)
+        if before is not None:
+            self._land(before, outputs)
+        if launched is not None and self.run_ahead and self._may_run_ahead():
+            self._in_flight = launched
+        elif launched is not None:
+            self._land(launched, outputs)
+        return outputs
+
+    def _may_run_ahead(self) -> bool:
+        """Whether the next step can be launched before the host knows the tokens of this one.
+
+        One group that cannot keeps all in step: it would take every second step only.
+        """
+        return not any(group.needs_host for group in self.scheduler.running)
+
+    def _launch(self, before: InFlight | None, outputs: list[RequestOutput]) -> InFlight | None:
+        """Hand a step to the device; None where there is nothing to do."""
         schedule = self.scheduler.schedule()
         self._preemptions += len(schedule.preempted)
         if schedule.pictures:
             schedule = self._encode(schedule, outputs)
         if not schedule.num_tokens:
-            return outputs
+            return None
         try:
-            forward = self.runner.forward(schedule)
+            forward = self.runner.forward(schedule, before)
         except Exception as error:
             self._fail_all({chunk.sequence.group for chunk in schedule.chunks}, error, outputs)
-            return outputs
+            return None
         self.scheduler.launched(schedule)
         self._steps += 1
         self._prompt_tokens += schedule.num_tokens - len(schedule.decodes)
-        self._read_prompts(forward, outputs)
-        self._choose(forward, outputs)
-        return outputs
+        self._read_prompts(forward)
+        rows: dict[Group, list[int]] = {}
+        for row, chunk in enumerate(forward.chunks):
+            rows.setdefault(chunk.sequence.group, []).append(row)
+        return InFlight.of(self._chooser.choose(forward.logits, rows, before), rows)
 
     def close(self) -> None:
         """Free the device's memory. The engine cannot be used afterwards."""
         for request_id in list(self._groups):
             self.abort_request(request_id)
         self._ended.clear()
+        self._in_flight = None
         self.pictures.clear()
         del self.runner, self.model
         if torch.cuda.is_available():
@@ -188,6 +223,11 @@ class Engine:
             preemptions=self._preemptions,
         )
 
+    @property
+    def takes_originals(self) -> bool:
+        """Whether pictures that nobody has resized yet are welcome: the device does that."""
+        return self.runner.encoder.takes_originals
+
     # -- the parts of a step --------------------------------------------------------------------------------
 
     def _encode(self, schedule: Schedule, outputs: list[RequestOutput]) -> Schedule:
@@ -195,15 +235,15 @@ class Engine:
         if not failed:
             return schedule
         hit = {}
-        for chunk in schedule.chunks:
-            for use in chunk.sequence.group.pictures:
-                if use.key in failed and use.key in chunk.sequence.group.pinned:
-                    hit[chunk.sequence.group] = failed[use.key]
+        for group in self.scheduler.running:
+            for use in group.pictures:
+                if use.key in failed and use.key in group.pinned:
+                    hit[group] = failed[use.key]
         for group, error in hit.items():
             self._fail_all({group}, error, outputs)
         return schedule.without(set(hit))
 
-    def _read_prompts(self, forward: ForwardOutput, outputs: list[RequestOutput]) -> None:
+    def _read_prompts(self, forward: ForwardOutput) -> None:
         for chunk, hidden in forward.prompt_hidden:
             group = chunk.sequence.group
             entries = group.prompt_logprobs
@@ -221,13 +261,17 @@ class Engine:
             )
             entries[chunk.start + 1 : end + 1] = found
 
-    def _choose(self, forward: ForwardOutput, outputs: list[RequestOutput]) -> None:
+    def _land(self, step: InFlight, outputs: list[RequestOutput]) -> None:
+        """Learn a launched step's tokens. Requests and sequences that ended meanwhile have no use for theirs."""
+        try:
+            chosen = step.choice.read()
+        except Exception as error:
+            self._fail_all({group for group in step.sequences if not group.finished}, error, outputs)
+            return
         now = monotonic()
-        rows: dict[Group, list[int]] = {}
-        for row, chunk in enumerate(forward.chunks):
-            rows.setdefault(chunk.sequence.group, []).append(row)
-        chosen = self._chooser.choose(forward.logits, rows)
         for group, tokens in chosen.items():
+            if group.finished:
+                continue
             if isinstance(tokens, Exception):
                 self._fail_all({group}, tokens, outputs)
                 continue

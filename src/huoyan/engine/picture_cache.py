@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from huoyan.engine.picture_encoder import Ready
+
 
 class PictureCache:
     """Least recently used goes first; what a request still has to read is pinned and stays.
@@ -24,6 +26,8 @@ class PictureCache:
         self._bytes: OrderedDict[bytes, int] = OrderedDict()
         self._pins: dict[bytes, int] = {}
         self._embeddings: dict[bytes, Tensor] = {}
+        self._ready: dict[bytes, Ready] = {}
+        """What to wait for before the embeddings are read, where they come from another stream."""
 
     def __contains__(self, key: bytes) -> bool:
         """Encoded, or reserved for a picture that is being encoded."""
@@ -62,14 +66,30 @@ class PictureCache:
             self.drop(key)
         self._evict(self.capacity_bytes)
 
-    def put(self, key: bytes, embeddings: Tensor) -> None:
+    def put(self, key: bytes, embeddings: Tensor, ready: Ready | None = None) -> None:
         """Store `embeddings: [num_slices, query_num, hidden]` for a reserved key; late ones are ignored."""
         if key in self._bytes:
             self._embeddings[key] = embeddings
+            if ready is not None:
+                self._ready[key] = ready
 
     def get(self, key: bytes) -> Tensor:
-        """The embeddings [num_slices, query_num, hidden] of a picture that was put. Raises KeyError."""
+        """The embeddings [num_slices, query_num, hidden] of a picture that was put, for work on the current stream,
+        which waits for them. Raises KeyError."""
+        ready = self._ready.pop(key, None)
+        if ready is not None:
+            ready.wait()
         return self._embeddings[key]
+
+    def is_ready(self, key: bytes) -> bool:
+        """Whether reading a picture's embeddings would not wait for the encoder."""
+        ready = self._ready.get(key)
+        return key in self._embeddings and (ready is None or ready.query())
+
+    @property
+    def encoding(self) -> bool:
+        """Whether the encoder is still at work on pictures that were put."""
+        return any(not ready.query() for ready in self._ready.values())
 
     def drop(self, key: bytes) -> None:
         """Give up a reservation (the picture could not be encoded)."""
@@ -77,6 +97,7 @@ class PictureCache:
         if size is not None:
             self.used_bytes -= size
         self._embeddings.pop(key, None)
+        self._ready.pop(key, None)
 
     def clear(self) -> None:
         """Forget every picture that nobody is reading."""
@@ -87,6 +108,7 @@ class PictureCache:
         assert self._pins == pinned, f"pins {self._pins} but readers {pinned}"
         assert self.used_bytes == sum(self._bytes.values())
         assert set(self._embeddings) <= set(self._bytes)
+        assert set(self._ready) <= set(self._embeddings)
 
     def _evict(self, down_to: int) -> None:
         if self.used_bytes <= down_to:

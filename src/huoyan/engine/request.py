@@ -42,9 +42,9 @@ def check_request(request: EngineRequest, vocab_size: int, query_num: int) -> No
             f"the prompt has places for {len(prompt.slots)} pictures, but {len(request.pictures)} came"
         )
     for picture, slot in zip(request.pictures, prompt.slots, strict=True):
-        if not 0 < len(picture.slices) == len(slot.offsets) or slot.length != query_num:
+        if not 0 < picture.num_slices == len(slot.offsets) or slot.length != query_num:
             raise InputError(
-                f"a picture of {len(picture.slices)} slices of {query_num} embeddings does not fit its "
+                f"a picture of {picture.num_slices} slices of {query_num} embeddings does not fit its "
                 f"place in the prompt ({len(slot.offsets)} runs of {slot.length} tokens)"
             )
         if any(not 0 <= o <= len(prompt.token_ids) - slot.length for o in slot.offsets):

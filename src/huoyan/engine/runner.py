@@ -10,7 +10,9 @@ import torch
 
 from huoyan.engine.attention import PagedAttention, Workspace
 from huoyan.engine.batch import Batch, build_batch
+from huoyan.engine.picture_encoder import PictureEncoder
 from huoyan.kernels import decode_kernels_enabled
+from huoyan.layers.packed_attention import to_device
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from huoyan.engine.decode_graph import DecodeGraphs
+    from huoyan.engine.in_flight import InFlight
     from huoyan.engine.kv_cache import KVCache
     from huoyan.engine.picture_cache import PictureCache
     from huoyan.engine.schedule import Chunk, Schedule
@@ -62,6 +65,7 @@ class Runner:
         self.cache = cache
         self.pictures = pictures
         self.max_encoder_slices = max_encoder_slices
+        self.encoder = PictureEncoder(model, max_encoder_slices, graphs=graphs is not None)
         self.device = cache.keys.device
         self._fused = has_fused_attention(model)
         self._graphs = graphs
@@ -91,20 +95,27 @@ class Runner:
         return failed
 
     @torch.inference_mode()
-    def forward(self, schedule: Schedule) -> ForwardOutput:
-        """Compute a schedule whose pictures are encoded: copies, keys and values, logits."""
+    def forward(self, schedule: Schedule, before: InFlight | None = None) -> ForwardOutput:
+        """Compute a schedule whose pictures are encoded: copies, keys and values, logits.
+
+        `before`: the step whose tokens are not known yet, where there is one.
+        """
         self.cache.copy_blocks(schedule.copies)
         self.copied_blocks += len(schedule.copies)
         batch = build_batch(schedule, self.cache.block_size)
         wanted = [i for i in batch.order if batch.chunks[i].samples]
         chunks = [batch.chunks[i] for i in wanted]
+        late = self._late(batch, before)
         if self._graphs is not None and self._graphs.fits(batch):
-            logits = self._graphs.run(batch)
+            logits = self._graphs.run(batch, late)
             in_order = wanted == list(range(len(wanted)))
             return ForwardOutput(
                 chunks, logits if in_order else logits[self._to_device(np.array(wanted, np.int64))]
             )
-        x = self.model.embed(self._to_device(batch.token_ids))
+        token_ids = self._to_device(batch.token_ids)
+        if late is not None:
+            token_ids = token_ids.index_copy(0, *late)
+        x = self.model.embed(token_ids)
         if schedule.prefills:
             self._place_pictures(batch, x)
         hidden = self.model.decoder(x, self._to_device(batch.positions), self._attention(batch, x.dtype))
@@ -116,6 +127,15 @@ class Runner:
                 first, last = batch.cu_seqlens_q[i : i + 2].tolist()
                 out.prompt_hidden.append((batch.chunks[i], hidden[first:last]))
         return out
+
+    def _late(self, batch: Batch, before: InFlight | None) -> tuple[Tensor, Tensor] | None:
+        """The batch's tokens that only the device knows: their rows and their ids, int64 [N] each."""
+        sequences = [seq for seq in batch.in_flight if seq is not None]
+        if not sequences:
+            return None
+        assert before is not None
+        rows = [i for i, seq in enumerate(batch.in_flight) if seq is not None]
+        return self._to_device(np.array(rows, np.int64)), before.tokens(sequences)
 
     def _attention(self, batch: Batch, dtype: torch.dtype) -> Attend:
         if not self._fused:
@@ -132,26 +152,17 @@ class Runner:
         parts: list[list[PreparedPicture]] = []
         room = 0
         for picture in pictures:
-            if len(picture.slices) > room:
+            if picture.num_slices > room:
                 parts.append([])
                 room = self.max_encoder_slices
             parts[-1].append(picture)
-            room -= len(picture.slices)
+            room -= picture.num_slices
         return parts
 
     def _encode(self, pictures: list[PreparedPicture]) -> None:
-        slices = [piece for picture in pictures for piece in picture.slices]
-        # A picture of more slices than the limit goes in parts of its own.
-        step = self.max_encoder_slices
-        parts = [self.model.encode_slices(slices[i : i + step]) for i in range(0, len(slices), step)]
-        embeddings = parts[0] if len(parts) == 1 else torch.cat(parts)
-        first = 0
-        for picture in pictures:
-            last = first + len(picture.slices)
-            # A copy, so that dropping one picture frees its memory.
-            own = embeddings if len(pictures) == 1 else embeddings[first:last].clone()
-            self.pictures.put(picture.key, own)
-            first = last
+        encoded, ready = self.encoder.encode(pictures)
+        for picture, embeddings in zip(pictures, encoded, strict=True):
+            self.pictures.put(picture.key, embeddings, ready)
 
     def _place_pictures(self, batch: Batch, x: Tensor) -> None:
         """Overwrite the placeholder rows of `x: [T, hidden]` with the rows of the slices they stand for."""
@@ -172,4 +183,4 @@ class Runner:
                     x.index_copy_(0, self._to_device(np.concatenate(targets)), rows.to(x.dtype))
 
     def _to_device(self, array: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> Tensor:
-        return torch.from_numpy(array).to(self.device, non_blocking=True)
+        return to_device(torch.from_numpy(array), self.device)

@@ -19,6 +19,7 @@ from huoyan.api.outputs import Logprob, TokenLogprobs
 from huoyan.api.sampling_params import SAMPLING_EPS, SamplingParams
 from huoyan.engine.answer import ChosenToken
 from huoyan.engine.draw import draw
+from huoyan.engine.host_copy import HostCopy
 from huoyan.engine.token_counts import TokenCounts
 
 
@@ -32,15 +33,12 @@ class SamplingRow:
     """Not to be chosen before `params.min_tokens`."""
     counts: TokenCounts | None = None
     """Where there are penalties."""
+    in_flight: Tensor | None = None
+    """int64 [] on the logits' device: a token of the answer that `counts` does not know yet."""
     allowed: Tensor | None = None
     """bool [vocab] on the logits' device: what a grammar lets follow."""
     key: int = 0
     """What the draw depends on: see `huoyan.engine.noise.mix`."""
-
-
-def needs_counts(params: SamplingParams) -> bool:
-    """Whether a request has penalties."""
-    return params.presence_penalty != 0 or params.frequency_penalty != 0 or params.repetition_penalty != 1
 
 
 def process_logits(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
@@ -50,7 +48,7 @@ def process_logits(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """
     biased = [i for i, row in enumerate(rows) if row.params.logit_bias]
     held = [i for i, row in enumerate(rows) if _holds_back(row)]
-    penalised = [i for i, row in enumerate(rows) if row.counts is not None and needs_counts(row.params)]
+    penalised = [i for i, row in enumerate(rows) if row.counts is not None and row.params.has_penalties]
     guided = [i for i, row in enumerate(rows) if row.allowed is not None]
     if not (biased or held or penalised or guided):
         return logits
@@ -86,19 +84,38 @@ def _hold_back(out: Tensor, rows: Sequence[SamplingRow], which: list[int]) -> No
 
 def _penalise(out: Tensor, rows: Sequence[SamplingRow], which: list[int]) -> None:
     """All rows' penalties in one pass over the tokens that their sequences have."""
-    tables = [(i, rows[i].params, rows[i].counts) for i in which]
-    places = np.concatenate([t.ids + i * out.shape[1] for i, _, t in tables if t is not None])
-    sizes = [len(t.ids) for _, _, t in tables if t is not None]
-    columns = np.empty((4, len(places)), np.float32)
-    np.concatenate([t.counts for _, _, t in tables if t is not None], out=columns[0])
-    for column, name in enumerate(("repetition_penalty", "frequency_penalty", "presence_penalty"), 1):
-        columns[column] = np.repeat([getattr(p, name) for _, p, _ in tables], sizes)
-    index = torch.from_numpy(places).to(out.device, non_blocking=True)
-    times, repetition, frequency, presence = torch.from_numpy(columns).to(out.device, non_blocking=True)
+    vocab, device = out.shape[1], out.device
+    tables = [table for i in which if (table := rows[i].counts) is not None]
+    sizes = [len(table.ids) for table in tables]
+    starts = np.repeat([i * vocab for i in which], sizes)
+    index = torch.from_numpy(np.concatenate([table.ids for table in tables]) + starts)
+    index = index.to(device, non_blocking=True)
+    times = torch.from_numpy(np.concatenate([table.counts for table in tables])).to(device, non_blocking=True)
+    owner = torch.from_numpy(np.repeat(np.arange(len(tables)), sizes)).to(device, non_blocking=True)
+    strengths = torch.tensor([_strengths(rows[i].params) for i in which]).to(device, non_blocking=True)
     flat = out.view(-1)
     x = flat[index]
+    late = [(n, token) for n, i in enumerate(which) if (token := rows[i].in_flight) is not None]
+    if late:
+        # Where a table has the token already, it is written over below with one more of its times.
+        of_late = torch.tensor([n for n, _ in late]).to(device, non_blocking=True)
+        first = torch.tensor([which[n] * vocab for n, _ in late]).to(device, non_blocking=True)
+        places = torch.stack([token for _, token in late]) + first
+        flat[places] = _penalised(flat[places], torch.ones_like(places), strengths[of_late])
+        of_table = index.new_full((len(tables),), -1).index_copy(0, of_late, places)
+        times = times + (index == of_table[owner])
+    flat[index] = _penalised(x, times, strengths[owner])
+
+
+def _strengths(params: SamplingParams) -> tuple[float, float, float]:
+    return params.repetition_penalty, params.frequency_penalty, params.presence_penalty
+
+
+def _penalised(x: Tensor, times: Tensor, strengths: Tensor) -> Tensor:
+    """Logits [N] of tokens that prompt and answer have, `times` of them in the answer; strengths [N, 3]."""
+    repetition, frequency, presence = strengths.unbind(1)
     x = torch.where(x > 0, x / repetition, x * repetition)
-    flat[index] = x - frequency * times - presence * (times > 0)
+    return x - frequency * times - presence * (times > 0)
 
 
 def _guide(out: Tensor, logits: Tensor, rows: Sequence[SamplingRow], which: list[int]) -> None:
@@ -110,8 +127,37 @@ def _guide(out: Tensor, logits: Tensor, rows: Sequence[SamplingRow], which: list
     out[index] = torch.where(stuck, logits[index].masked_fill_(~allowed, float("-inf")), guided)
 
 
+class SampledTokens:
+    """Tokens chosen on the device: `ids` int64 [R] at once, all about them when it is read."""
+
+    def __init__(self, logits: Tensor, chosen: Tensor, rows: Sequence[SamplingRow]) -> None:
+        self.ids = chosen
+        own = logits.gather(1, chosen.unsqueeze(1)).squeeze(1)
+        normaliser = logits.logsumexp(-1)
+        parts = [chosen, own - normaliser]
+        self._counts = [row.params.logprobs for row in rows]
+        wanted = [i for i, count in enumerate(self._counts) if count is not None]
+        if wanted:
+            index = torch.tensor(wanted).to(logits.device, non_blocking=True)
+            some = logits if len(wanted) == len(rows) else logits[index]
+            most = min(max(count or 0 for count in self._counts), logits.shape[1])
+            best = some.topk(most)
+            ranks = (some > own[index].unsqueeze(1)).sum(1) + 1
+            parts += [ranks, best.indices, best.values - normaliser[index].unsqueeze(1)]
+        self._copy = HostCopy(*parts)
+
+    def read(self) -> list[ChosenToken]:
+        """Waits until they are chosen. A row's log-probabilities are there where its request asks for them."""
+        chosen, values, *asked = (part.tolist() for part in self._copy.read())
+        reports = iter(zip(*asked, strict=True))
+        return [
+            ChosenToken(token, value, None if count is None else _report(token, value, count, *next(reports)))
+            for token, value, count in zip(chosen, values, self._counts, strict=True)
+        ]
+
+
 @torch.inference_mode()
-def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[ChosenToken]:
+def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> SampledTokens:
     """Choose a token for each of `rows` from the model's logits, float32 [R, vocab].
 
     Greedy rows take the likeliest token, of several the one with the lowest id.
@@ -125,40 +171,15 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[ChosenToken]:
         if random:
             index = torch.tensor(random).to(logits.device, non_blocking=True)
             chosen[index] = draw(work[index], [rows[i].params for i in random], [rows[i].key for i in random])
-    return _report(logits, chosen, rows)
+    return SampledTokens(logits, chosen, rows)
 
 
-def _report(logits: Tensor, chosen: Tensor, rows: Sequence[SamplingRow]) -> list[ChosenToken]:
-    """Put log-probabilities to the chosen tokens."""
-    normaliser = logits.logsumexp(-1)
-    own = logits.gather(1, chosen.unsqueeze(1)).squeeze(1)
-    tokens, values = chosen.tolist(), (own - normaliser).tolist()
-    reports: dict[int, TokenLogprobs] = {}
-    wanted = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
-    if wanted:
-        index = torch.tensor(wanted).to(logits.device, non_blocking=True)
-        some = logits if len(wanted) == len(rows) else logits[index]
-        ranks = ((some > own[index].unsqueeze(1)).sum(1) + 1).tolist()
-        tops = _top(some, normaliser[index], [rows[i].params.logprobs or 0 for i in wanted])
-        for i, rank, top in zip(wanted, ranks, tops, strict=True):
-            reports[i] = _entry(tokens[i], Logprob(values[i], rank), top)
-    return [
-        ChosenToken(token, value, reports.get(i))
-        for i, (token, value) in enumerate(zip(tokens, values, strict=True))
-    ]
-
-
-def _top(logits: Tensor, normaliser: Tensor, counts: list[int]) -> list[TokenLogprobs]:
-    """The `counts[i]` likeliest tokens of each row, likeliest first."""
-    most = min(max(counts), logits.shape[1])
-    best = logits.topk(most) if most else None
-    if best is None:
-        return [{} for _ in counts]
-    values = (best.values - normaliser.unsqueeze(1)).tolist()
-    return [
-        {t: Logprob(v, rank) for rank, (t, v) in enumerate(zip(ids[:count], row[:count], strict=True), 1)}
-        for count, ids, row in zip(counts, best.indices.tolist(), values, strict=True)
-    ]
+def _report(
+    token: int, value: float, count: int, rank: int, ids: list[int], values: list[float]
+) -> TokenLogprobs:
+    """The chosen token, and the `count` likeliest ones, likeliest first."""
+    best = zip(ids[:count], values[:count], strict=True)
+    return _entry(token, Logprob(value, rank), {t: Logprob(v, r) for r, (t, v) in enumerate(best, 1)})
 
 
 def _entry(token: int, own: Logprob, top: TokenLogprobs) -> TokenLogprobs:

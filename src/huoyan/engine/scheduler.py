@@ -52,6 +52,9 @@ class Scheduler:
         self.waiting: deque[Group] = deque()
         self.running: list[Group] = []
         """In the order of arrival: admission is in that order, and the last one is preempted first."""
+        self.encodes_beside = False
+        """Whether pictures are encoded while a step runs, on a stream of their own. A prompt then waits for its
+        picture as long as there are decodes to go on with, instead of letting them wait."""
         self._num_added = 0
         # Room for decodes to grow into, so that an admission is not followed by a preemption at once.
         self._watermark = max(1, pool.num_blocks // 100)
@@ -250,8 +253,11 @@ class Scheduler:
 
     def _fit_pictures(self, group: Group, start: int, end: int, out: Schedule) -> int:
         """Pin the pictures that [start, end) needs and order their encoding; returns how far that reaches."""
+        aside = self.encodes_beside and bool(out.decodes)
+        # One batch at a time: those that queue up behind it would fill the queue of the decodes' kernels too.
+        busy = aside and self.pictures.encoding
         ordered = {picture.key for picture in out.pictures}
-        num_slices = sum(len(picture.slices) for picture in out.pictures)
+        num_slices = sum(picture.num_slices for picture in out.pictures)
         for use in group.pictures:
             first = next((run for run in use.runs if run.end > start), None)
             if first is None or first.start >= end:
@@ -259,7 +265,7 @@ class Scheduler:
             if use.key not in self.pictures:
                 # One picture a step may exceed the limits, else one that is larger than them could never run.
                 alone = not ordered
-                if num_slices + use.num_slices > self.max_encoder_slices and not alone:
+                if busy or (num_slices + use.num_slices > self.max_encoder_slices and not alone):
                     end = min(end, max(first.start, start))
                     continue
                 force = alone and not out.prefills
@@ -274,6 +280,8 @@ class Scheduler:
             if use.key not in group.pinned:
                 self.pictures.pin(use.key)
                 group.pinned.add(use.key)
+            if aside and not self.pictures.is_ready(use.key):
+                end = min(end, max(first.start, start))
         return end
 
     # -- admission and preemption ---------------------------------------------------------------------------

@@ -70,6 +70,11 @@ class Sequence:
         return self.group.prompt_len + len(self.output_ids) + self.num_in_flight
 
     @property
+    def num_outputs(self) -> int:
+        """Tokens of the answer, those in flight included."""
+        return len(self.output_ids) + self.num_in_flight
+
+    @property
     def num_known(self) -> int:
         """Tokens whose ids the host knows."""
         return self.group.prompt_len + len(self.output_ids)
@@ -182,11 +187,19 @@ class Group:
         return self.width
 
     @property
+    def needs_host(self) -> bool:
+        """Whether the next token depends on the ids of those before: by forks, or by a grammar."""
+        params = self.params
+        return bool(
+            self.width > 1 or params.prompt_logprobs is not None or params.structured_outputs is not None
+        )
+
+    @property
     def awaits_host(self) -> bool:
         """Whether nothing can be planned until the host has seen the tokens in flight.
 
-        Forks and beams depend on them, and a sequence of full length ends with the one in flight.
+        A sequence of full length ends with the one in flight.
         """
         return any(
-            seq.num_in_flight and (self.width > 1 or seq.length >= self.max_length) for seq in self.sequences
+            seq.num_in_flight and (self.needs_host or seq.length >= self.max_length) for seq in self.sequences
         )

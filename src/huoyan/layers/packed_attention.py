@@ -10,6 +10,24 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 
+class Lengths(tuple[int, ...]):
+    """Lengths of sequences packed end to end. Where each begins is sent to a device once and kept, so that the layers
+    of a model share it and a CUDA graph may read it."""
+
+    def cumulative(self, device: torch.device) -> Tensor:
+        """int32 [sequences + 1]"""
+        known: dict[torch.device, Tensor] = self.__dict__.setdefault("_cumulative", {})
+        if device not in known:
+            host = torch.tensor([0, *accumulate(self)], dtype=torch.int32, device="cpu")
+            known[device] = to_device(host, device)
+        return known[device]
+
+
+def to_device(host: Tensor, device: torch.device) -> Tensor:
+    """A copy that the host does not wait for."""
+    return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
+
+
 def packed_attention(
     q: Tensor, k: Tensor, v: Tensor, q_lengths: Sequence[int], k_lengths: Sequence[int]
 ) -> Tensor:
@@ -55,9 +73,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, q_lengths: Sequence[int], k_lengths
     from torch.nn.attention.varlen import varlen_attn
 
     cu_q, cu_k = (
-        torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cpu").to(
-            q.device, non_blocking=True
-        )
+        (lengths if isinstance(lengths, Lengths) else Lengths(lengths)).cumulative(q.device)
         for lengths in (q_lengths, k_lengths)
     )
     out = varlen_attn(

@@ -12,28 +12,40 @@ from huoyan.media.slicing import cut_slices, plan_slices
 from huoyan.media.types import MediaItem, PreparedPicture, SlicePlan, SliceRules
 
 if TYPE_CHECKING:
+    from huoyan.media.originals import Originals
     from huoyan.media.picture import Picture
 
 
 def prepare_picture(
-    picture: Picture, rules: SliceRules, max_slice_nums: int | None = None
+    picture: Picture, rules: SliceRules, max_slice_nums: int | None = None, originals: Originals | None = None
 ) -> PreparedPicture:
-    """Plan, resize and cut one picture. `max_slice_nums` overrides the checkpoint's own."""
+    """Plan, resize and cut one picture. `max_slice_nums` overrides the checkpoint's own.
+
+    With `originals`, a picture that they take stays as it is, to be resized where it is encoded.
+    """
     plan = plan_slices(picture.size, rules, max_slice_nums)
-    return PreparedPicture(key=_key(picture.digest, plan), plan=plan, slices=cut_slices(picture.pixels, plan))
+    key = _key(picture.digest, plan)
+    kept = None if originals is None else originals.keep(key, plan, picture.pixels)
+    return kept or PreparedPicture(key, plan, slices=cut_slices(picture.pixels, plan))
 
 
 def prepare_items(
-    items: Sequence[MediaItem], rules: SliceRules, executor: Executor | None = None
+    items: Sequence[MediaItem],
+    rules: SliceRules,
+    executor: Executor | None = None,
+    originals: Originals | None = None,
 ) -> list[PreparedPicture]:
     """Prepare every picture of every item, in order.
 
     With an `executor`, pictures are prepared side by side: Pillow resizes outside the interpreter's lock.
+    `originals`: see `prepare_picture`.
     """
     pictures = [(picture, item.max_slice_nums) for item in items for picture in item.pictures]
     if executor is None or len(pictures) < 2:
-        return [prepare_picture(picture, rules, limit) for picture, limit in pictures]
-    tasks = [executor.submit(prepare_picture, picture, rules, limit) for picture, limit in pictures]
+        return [prepare_picture(picture, rules, limit, originals) for picture, limit in pictures]
+    tasks = [
+        executor.submit(prepare_picture, picture, rules, limit, originals) for picture, limit in pictures
+    ]
     return [task.result() for task in tasks]
 
 

@@ -43,16 +43,45 @@ class SlicePlan:
         """The overview and the cells."""
         return 1 if self.grid is None else 1 + self.grid[0] * self.grid[1]
 
+    @property
+    def num_pixels(self) -> int:
+        """Of all slices together."""
+        cells = 0 if self.cell is None else (self.num_slices - 1) * self.cell[0] * self.cell[1]
+        return self.overview[0] * self.overview[1] + cells
 
-@dataclass(frozen=True, eq=False)
+
 class PreparedPicture:
-    """One picture, resized and cut, ready for the encoder."""
+    """One picture, ready for the encoder: resized and cut, or as it is with the plan to do so where it is encoded."""
 
-    key: bytes
-    """What the caches compare: a digest of the pixels and of the plan."""
-    plan: SlicePlan
-    slices: tuple[NDArray[np.uint8], ...]
-    """uint8 [height, width, 3], overview first, sides divisible by the patch size."""
+    def __init__(
+        self,
+        key: bytes,
+        plan: SlicePlan,
+        slices: tuple[NDArray[np.uint8], ...] | None = None,
+        original: NDArray[np.uint8] | None = None,
+    ) -> None:
+        """One of `slices` (see there) and `original`, uint8 [height, width, 3]."""
+        self.key = key
+        """What the caches compare: a digest of the pixels and of the plan."""
+        self.plan = plan
+        self.original = original
+        """The pixels of a picture that the encoder's device resizes."""
+        self._slices = slices
+
+    @property
+    def num_slices(self) -> int:
+        return self.plan.num_slices if self._slices is None else len(self._slices)
+
+    @property
+    def slices(self) -> tuple[NDArray[np.uint8], ...]:
+        """uint8 [height, width, 3], overview first, sides divisible by the patch size; cut anew each time from an
+        original."""
+        if self._slices is not None:
+            return self._slices
+        from huoyan.media.slicing import cut_slices
+
+        assert self.original is not None
+        return cut_slices(self.original, self.plan)
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from huoyan.layers.packed_attention import to_device
 from huoyan.models.config import ModelConfig
 from huoyan.models.patches import Grid, cut_patches, normalise
 from huoyan.models.qwen2 import Attend, Qwen2
 from huoyan.models.resampler import Resampler
-from huoyan.models.siglip import SiglipEncoder
+from huoyan.models.siglip import PackedGrids, SiglipEncoder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -53,15 +54,16 @@ class MiniCPMV(nn.Module):
         """
         order = sorted(range(len(slices)), key=lambda i: slices[i].shape)
         pixels, grids = cut_patches([slices[i] for i in order], self.config.vision.patch_size)
-        on_device = torch.from_numpy(pixels).to(self.device, non_blocking=True)
+        on_device = to_device(torch.from_numpy(pixels), self.device)
         patches = normalise(on_device, self.norm_mean, self.norm_std, self.dtype)
         embeddings = self.encode_patches(patches, grids)
         back = torch.empty(len(order), dtype=torch.long)
         back[torch.tensor(order)] = torch.arange(len(order))
-        return embeddings[back.to(self.device, non_blocking=True)]
+        return embeddings.index_select(0, to_device(back, self.device))
 
     def encode_patches(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
         """Normalised patches [P, 3 * patch_size**2] of packed slices -> [slices, query_num, hidden]."""
+        grids = PackedGrids.of(grids)
         out: Tensor = self.resampler(self.vpm(patches, grids), grids)
         return out
 

@@ -42,3 +42,11 @@ def normalise(patches: Tensor, mean: Sequence[float], std: Sequence[float], dtyp
     else:
         x = x.sub_(x.new_tensor(mean).view(1, 3, 1)).div_(x.new_tensor(std).view(1, 3, 1))
     return x.view(patches.shape[0], -1).to(dtype)
+
+
+def normalised_bytes(
+    mean: Sequence[float], std: Sequence[float], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """What `normalise` makes of each byte: [3, 256]."""
+    every = torch.arange(256, dtype=torch.uint8, device=device).repeat(3).view(1, 768)
+    return normalise(every, mean, std, dtype).view(3, 256)

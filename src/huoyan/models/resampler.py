@@ -12,6 +12,7 @@ from huoyan.layers.norm import LayerNorm
 from huoyan.layers.packed_attention import packed_attention
 from huoyan.models.config import ModelConfig
 from huoyan.models.patches import Grid
+from huoyan.models.siglip import PackedGrids
 
 _NORM_EPS = 1e-6
 
@@ -59,7 +60,9 @@ class CrossAttention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
         self.out_proj = Linear(width, (width,), bias=True)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, k_lengths: Sequence[int]) -> Tensor:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, q_lengths: Sequence[int], k_lengths: Sequence[int]
+    ) -> Tensor:
         """q [queries, width], the same for every slice; k, v [sum(k_lengths), width].
 
         Returns [slices * queries, width].
@@ -72,7 +75,7 @@ class CrossAttention(nn.Module):
             linear(q, w_q, b_q).unflatten(-1, heads).repeat(slices, 1, 1),
             linear(k, w_k, b_k).unflatten(-1, heads),
             linear(v, w_v, b_v).unflatten(-1, heads),
-            [q.shape[0]] * slices,
+            q_lengths,
             k_lengths,
         )
         projected: Tensor = self.out_proj(out.flatten(1))
@@ -100,9 +103,10 @@ class Resampler(nn.Module):
         self.positions = GridPositions(width)
 
     def forward(self, x: Tensor, grids: Sequence[Grid]) -> Tensor:
+        grids = PackedGrids.of(grids)
         values = self.ln_kv(self.kv_proj(x))
         keys = values + self.positions(grids, x.device, values.dtype)
-        lengths = [rows * columns for rows, columns in grids]
-        out = self.attn(self.ln_q(self.query), keys, values, lengths)
+        query = self.ln_q(self.query)
+        out = self.attn(query, keys, values, grids.query_lengths(query.shape[0]), grids.lengths)
         projected: Tensor = self.ln_post(out) @ self.proj
         return projected.view(len(grids), -1, projected.shape[-1])

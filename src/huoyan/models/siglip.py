@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from huoyan.layers.embedding import embedding
 from huoyan.layers.linear import Linear
 from huoyan.layers.norm import LayerNorm
-from huoyan.layers.packed_attention import packed_attention
+from huoyan.layers.packed_attention import Lengths, packed_attention, to_device
 from huoyan.models.config import VisionConfig
 from huoyan.models.patches import Grid
 
@@ -28,14 +28,41 @@ def position_buckets(count: int, side: int) -> Tensor:
     return torch.bucketize(fractions, borders, right=True)
 
 
+class PackedGrids(tuple[Grid, ...]):
+    """Grids of slices packed end to end, with what the encoder and the resampler derive from them. What lies on a
+    device is sent there once, and lives as long as this does."""
+
+    @classmethod
+    def of(cls, grids: Sequence[Grid]) -> PackedGrids:
+        return grids if isinstance(grids, cls) else cls(grids)
+
+    @cached_property
+    def lengths(self) -> Lengths:
+        """Patches of each slice."""
+        return Lengths(rows * columns for rows, columns in self)
+
+    def query_lengths(self, queries: int) -> Lengths:
+        """The same number of queries for each slice."""
+        known: dict[int, Lengths] = self.__dict__.setdefault("_query_lengths", {})
+        return known.setdefault(queries, Lengths([queries] * len(self)))
+
+    def positions(self, side: int, device: torch.device) -> Tensor:
+        """`position_ids` on a device."""
+        known: dict[tuple[int, torch.device], Tensor] = self.__dict__.setdefault("_positions", {})
+        if (side, device) not in known:
+            known[side, device] = to_device(position_ids(self, side), device)
+        return known[side, device]
+
+
 def position_ids(grids: Sequence[Grid], side: int) -> Tensor:
     """Rows of the position table for every patch of packed grids: [sum(rows * columns)]."""
-    return torch.cat(
-        [
-            (position_buckets(rows, side)[:, None] * side + position_buckets(columns, side)).flatten()
-            for rows, columns in grids
-        ]
-    )
+    return torch.cat([_grid_position_ids(grid, side) for grid in grids])
+
+
+@lru_cache(maxsize=512)
+def _grid_position_ids(grid: Grid, side: int) -> Tensor:
+    rows, columns = grid
+    return (position_buckets(rows, side)[:, None] * side + position_buckets(columns, side)).flatten()
 
 
 class Embeddings(nn.Module):
@@ -49,7 +76,7 @@ class Embeddings(nn.Module):
         self.position_embedding = embedding(self.side**2, config.hidden_size)
 
     def forward(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
-        positions = position_ids(grids, self.side).to(patches.device, non_blocking=True)
+        positions = PackedGrids.of(grids).positions(self.side, patches.device)
         out: Tensor = self.patch_embedding(patches) + self.position_embedding(positions)
         return out
 
@@ -109,9 +136,9 @@ class SiglipEncoder(nn.Module):
         self.post_layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
 
     def forward(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
-        lengths = [rows * columns for rows, columns in grids]
+        grids = PackedGrids.of(grids)
         x = self.embeddings(patches, grids)
         for layer in self.encoder.layers:
-            x = layer(x, lengths)
+            x = layer(x, grids.lengths)
         out: Tensor = self.post_layernorm(x)
         return out

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from huoyan.engine.sampler import BeamCandidates, SamplingRow, beam_candidates, needs_counts
+from huoyan.engine.sampler import BeamCandidates, SamplingRow, beam_candidates
 from huoyan.engine.token_counts import TokenCounts
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def changes_logits(params: SamplingParams) -> bool:
     return bool(
         params.logit_bias
         or params.min_tokens
-        or needs_counts(params)
+        or params.has_penalties
         or params.structured_outputs is not None
     )
 
@@ -47,7 +47,7 @@ class WholeVocabulary:
         logits = torch.full((1, self._vocab_size), float("-inf"))
         logits[0, torch.tensor(reported.token_ids)] = torch.tensor(reported.logprobs)
         counts = allowed = None
-        if needs_counts(self._params):
+        if self._params.has_penalties:
             counts = TokenCounts(self._prompt_ids)
             counts.update(answer.token_ids)
         if self._grammar is not None:

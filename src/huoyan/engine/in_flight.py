@@ -1,0 +1,45 @@
+"""A step that was launched and whose tokens the host has not seen yet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence as Several
+
+    from torch import Tensor
+
+    from huoyan.engine.chooser import Choice
+    from huoyan.engine.sequence import Group, Sequence
+
+
+@dataclass(frozen=True)
+class InFlight:
+    """The sequences that get a token, and their tokens as they are on the device."""
+
+    choice: Choice
+    sequences: dict[Group, list[Sequence]]
+    """Those of each group in the order of its tokens."""
+    rows: dict[Sequence, int]
+    """Where each stands in the choice's `token_ids`, if it was sampled."""
+
+    @staticmethod
+    def of(choice: Choice, groups: dict[Group, list[int]]) -> InFlight:
+        """`groups`: those of the step, with the rows of their logits."""
+        sequences = {group: group.sequences[: len(own)] for group, own in groups.items()}
+        rows: dict[Sequence, int] = {}
+        first = 0
+        for group, count in choice.sampled.items():
+            if count == len(sequences[group]):
+                rows |= {seq: first + i for i, seq in enumerate(sequences[group])}
+            first += count
+        return InFlight(choice, sequences, rows)
+
+    def tokens(self, sequences: Several[Sequence]) -> Tensor:
+        """int64 [sequences], on the device."""
+        ids = self.choice.token_ids
+        assert ids is not None
+        return ids[torch.tensor([self.rows[seq] for seq in sequences]).to(ids.device, non_blocking=True)]

@@ -1,0 +1,233 @@
+"""Prepared pictures to embeddings: one packed batch over all that a step asks for.
+
+On CUDA the originals are uploaded and everything else is done there: resize, cut, normalise, patches, encoder; on a
+stream of its own, so that decode steps go on meanwhile. Elsewhere the host has cut the slices and they are encoded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from huoyan.engine.staging import Staging
+from huoyan.kernels import picture_kernels_enabled
+from huoyan.layers.packed_attention import to_device
+from huoyan.media.originals import LARGEST
+from huoyan.models.patches import normalised_bytes
+from huoyan.models.siglip import PackedGrids
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from huoyan.engine.encoder_graph import EncoderGraphs
+    from huoyan.kernels.picture_patches import Cut
+    from huoyan.media.types import PreparedPicture
+    from huoyan.models.minicpmv import MiniCPMV
+    from huoyan.models.patches import Grid
+
+
+log = logging.getLogger(__name__)
+
+
+class Ready(Protocol):
+    """Tells when work on another stream is done (a `torch.cuda.Event`)."""
+
+    def query(self) -> bool: ...
+
+    def wait(self) -> None:
+        """Let the current stream wait; the host goes on."""
+
+
+def resizes_on_device(model: MiniCPMV) -> bool:
+    """Whether this model's device resizes pictures: CUDA, with the kernels on, and Pillow as we know it."""
+    if model.device.type != "cuda" or not picture_kernels_enabled():
+        return False
+    from huoyan.layers.bicubic import agrees_with_pillow
+
+    if not agrees_with_pillow():
+        log.warning("this Pillow resizes in a way of its own, so pictures are resized by it, on the host")
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class _Upload:
+    """Pixels to send, and what becomes of them: each cut with the first of its slices in the batch."""
+
+    pixels: NDArray[np.uint8]
+    cuts: tuple[tuple[Cut, int], ...]
+
+    @property
+    def kind(self) -> tuple[tuple[int, ...], tuple[Cut, ...]]:
+        """What the pictures of one launch have in common."""
+        return self.pixels.shape, tuple(cut for cut, _ in self.cuts)
+
+
+class PictureEncoder:
+    """Owned by the runner. One thread calls it."""
+
+    def __init__(
+        self, model: MiniCPMV, max_slices: int, *, on_device: bool | None = None, graphs: bool = False
+    ) -> None:
+        """`max_slices` go through the encoder together at most. `on_device` overrides `resizes_on_device`;
+        `graphs` captures small batches as CUDA graphs."""
+        self._model = model
+        self._max_slices = max_slices
+        self._stream: torch.cuda.Stream | None = None
+        self._graphs: EncoderGraphs | None = None
+        self._packer: _Packer | None = None
+        if resizes_on_device(model) if on_device is None else on_device:
+            self._packer = _Packer(model)
+            if model.device.type == "cuda":
+                self._stream = torch.cuda.Stream(model.device)
+                # Weights may still be on their way there.
+                self._stream.wait_stream(torch.cuda.current_stream(model.device))
+                if graphs:
+                    from huoyan.engine.encoder_graph import CudaCapture, EncoderGraphs
+
+                    self._graphs = EncoderGraphs(CudaCapture(model))
+
+    @property
+    def takes_originals(self) -> bool:
+        """Whether pictures that the host has not cut are better than those it has."""
+        return self._packer is not None
+
+    @property
+    def runs_beside(self) -> bool:
+        """Whether `encode` returns before it is done, and decode steps go on beside it."""
+        return self._stream is not None
+
+    def encode(self, pictures: Sequence[PreparedPicture]) -> tuple[list[Tensor], Ready | None]:
+        """The embeddings [slices, query_num, hidden] of each picture, and what must be waited for before reading
+        them."""
+        if self._packer is None:
+            slices = [piece for picture in pictures for piece in picture.slices]
+            step = self._max_slices
+            parts = [self._model.encode_slices(slices[i : i + step]) for i in range(0, len(slices), step)]
+            return self._split(pictures, _joined(parts)), None
+        with torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
+            patches, grids, back = self._packer.pack(pictures)
+            own = self._split(pictures, self._encode(patches, grids).index_select(0, back))
+            if self._stream is None:
+                return own, None
+            done = torch.cuda.Event()
+            done.record()
+        reader = torch.cuda.current_stream(self._model.device)
+        for embeddings in own:
+            # Their memory must not be used again while the other stream may still read it.
+            embeddings.record_stream(reader)
+        return own, done
+
+    def _encode(self, patches: Tensor, grids: list[Grid]) -> Tensor:
+        parts = []
+        at = 0
+        for first in range(0, len(grids), self._max_slices):
+            packed = PackedGrids(grids[first : first + self._max_slices])
+            some = patches[at : at + sum(packed.lengths)]
+            at += len(some)
+            captured = self._graphs.run(some, packed) if self._graphs is not None else None
+            if captured is not None and len(grids) > self._max_slices:
+                # One part alone is copied before the next run anyway.
+                captured = captured.clone()
+            parts.append(self._model.encode_patches(some, packed) if captured is None else captured)
+        return _joined(parts)
+
+    def _split(self, pictures: Sequence[PreparedPicture], embeddings: Tensor) -> list[Tensor]:
+        if len(pictures) == 1:
+            return [embeddings]
+        # Copies, so that dropping one picture frees its memory.
+        return [part.clone() for part in embeddings.split([picture.num_slices for picture in pictures])]
+
+
+class _Packer:
+    """Pictures, cut or not, to one batch of normalised patches on the device."""
+
+    def __init__(self, model: MiniCPMV) -> None:
+        from huoyan.kernels.picture_patches import ResizeTables
+
+        self._device = model.device
+        self._patch_size = model.config.vision.patch_size
+        self._values = normalised_bytes(model.norm_mean, model.norm_std, model.dtype, model.device)
+        self._tables = ResizeTables(model.device)
+        self._staging = Staging(model.device, LARGEST)
+
+    def pack(self, pictures: Sequence[PreparedPicture]) -> tuple[Tensor, list[Grid], Tensor]:
+        """Patches [P, 3 * patch_size**2] of all slices, those of equal grids side by side; the grids in that order;
+        and where each slice of the pictures, in theirs, stands there: int32 [slices]."""
+        uploads, grids = self._uploads(pictures)
+        order = sorted(range(len(grids)), key=grids.__getitem__)
+        back = np.empty(len(grids), np.int32)
+        back[order] = np.arange(len(grids), dtype=np.int32)
+        counts = np.array([rows * columns for rows, columns in grids])
+        ends = np.cumsum(counts[order])
+        first_rows = (ends - counts[order])[back]
+
+        kinds: dict[object, list[_Upload]] = {}
+        for upload in uploads:
+            kinds.setdefault(upload.kind, []).append(upload)
+        batches = [batch for alike in kinds.values() for batch in _within(alike, LARGEST)]
+        cells = [
+            [first + i for first in (upload.cuts[c][1] for upload in batch) for i in range(cut.num_cells)]
+            for batch in batches
+            for c, (cut, _) in enumerate(batch[0].cuts)
+        ]
+        # One copy for all the small numbers.
+        numbers = np.concatenate([back, first_rows[[i for some in cells for i in some]]]).astype(np.int32)
+        on_device = to_device(torch.from_numpy(numbers), self._device)
+        where = iter(on_device[len(grids) :].split([len(some) for some in cells]))
+        patches = self._values.new_empty(int(ends[-1]), 3 * self._patch_size**2)
+        for batch in batches:
+            self._resize(batch, where, patches)
+        return patches, [grids[i] for i in order], on_device[: len(grids)]
+
+    def _uploads(self, pictures: Sequence[PreparedPicture]) -> tuple[list[_Upload], list[Grid]]:
+        """What to send, and the grid of every slice in the order of the pictures."""
+        from huoyan.kernels.picture_patches import Cut
+
+        uploads = []
+        grids: list[Grid] = []
+        for picture in pictures:
+            if picture.original is None:
+                for pixels in picture.slices:
+                    cut = Cut((pixels.shape[1], pixels.shape[0]))
+                    uploads.append(_Upload(pixels, ((cut, len(grids)),)))
+                    grids.append(self._grid(cut))
+                continue
+            plan = picture.plan
+            cuts = [Cut(plan.overview)]
+            if plan.cell is not None and plan.grid is not None:
+                cuts.append(Cut(plan.cell, plan.grid))
+            placed = []
+            for cut in cuts:
+                placed.append((cut, len(grids)))
+                grids.extend([self._grid(cut)] * cut.num_cells)
+            uploads.append(_Upload(picture.original, tuple(placed)))
+        return uploads, grids
+
+    def _grid(self, cut: Cut) -> Grid:
+        return cut.cell[1] // self._patch_size, cut.cell[0] // self._patch_size
+
+    def _resize(self, batch: list[_Upload], where: Iterator[Tensor], patches: Tensor) -> None:
+        from huoyan.kernels.picture_patches import picture_patches
+
+        sent = self._staging.upload([upload.pixels for upload in batch])
+        pixels = sent.view(len(batch), *batch[0].pixels.shape)
+        for cut, _ in batch[0].cuts:
+            picture_patches(pixels, cut, self._patch_size, self._values, next(where), patches, self._tables)
+
+
+def _within(uploads: list[_Upload], most: int) -> list[list[_Upload]]:
+    """Neighbours of one size together, at most `most` bytes unless one alone has more."""
+    each = max(1, most // uploads[0].pixels.nbytes)
+    return [uploads[i : i + each] for i in range(0, len(uploads), each)]
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
