@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from huoyan.errors import HuoyanError
     from huoyan.media.picture import Picture
     from huoyan.media.video import Video
+    from huoyan.planning.plan import plan
     from huoyan.quantize.run import quantize
 
 _WHERE = {
@@ -31,6 +32,7 @@ _WHERE = {
     "HuoyanError": "huoyan.errors",
     "Picture": "huoyan.media.picture",
     "Video": "huoyan.media.video",
+    "plan": "huoyan.planning.plan",
 }
 
 __all__ = [
@@ -44,6 +46,7 @@ __all__ = [
     "SamplingParams",
     "Video",
     "__version__",
+    "plan",
     "quantize",
 ]
 

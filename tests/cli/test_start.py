@@ -24,6 +24,7 @@ HEAVY = ("torch", "numpy", "PIL", "av", "tokenizers", "transformers", "huggingfa
         "import huoyan.cli.main",
         "from huoyan.cli.main import run; run(['--help'])",
         "from huoyan.cli.main import run; run(['ask', '--help'])",
+        "from huoyan.cli.main import run; run(['bench', 'latency', '--help'])",
         "from huoyan.cli.main import run; run(['models'])",
         "from huoyan.cli.main import run; run(['ask', 'none.png'])",
     ],

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer.main
@@ -18,10 +19,18 @@ from tests.docs.running import REPOSITORY
 DOCS = REPOSITORY / "docs"
 
 
+def commands(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(name, command), those of groups with the group's name before theirs."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, f"{prefix}{name} ")
+        else:
+            yield f"{prefix}{name}", command
+
+
 def options() -> Iterator[tuple[str, str]]:
     """(command, long option) of all commands."""
-    group = typer.main.get_command(app)
-    for name, command in group.commands.items():  # type: ignore[attr-defined]
+    for name, command in commands(typer.main.get_command(app)):
         for parameter in command.params:
             for option in (*parameter.opts, *parameter.secondary_opts):
                 if option.startswith("--") and option != "--help":
@@ -40,8 +49,8 @@ def test_every_command_and_option_is_in_the_page() -> None:
     page = (DOCS / "cli.md").read_text(encoding="utf-8")
     found = list(options())
     assert len(found) > 20
-    commands = {command for command, _ in found}
-    missing = sorted({f"huoyan {c}" for c in commands if f"`huoyan {c}" not in page})
+    names = {command for command, _ in found}
+    missing = sorted({f"huoyan {c}" for c in names if f"`huoyan {c}" not in page})
     missing += sorted({option for _, option in found if f"`{option}`" not in page})
     assert not missing, "docs/cli.md does not name them"
 
@@ -79,7 +88,7 @@ def test_files_named_in_the_architecture_exist() -> None:
     page = (DOCS / "architecture.md").read_text(encoding="utf-8")
     folders = [
         REPOSITORY / "src" / "huoyan" / name
-        for name in ("", "api", "backends/vllm", "engine", "media", "models", "prompt", "cli")
+        for name in ("", "api", "backends/vllm", "engine", "media", "models", "prompt", "cli", "bench")
     ]
     for name in set(re.findall(r"`([\w/]+(?:\.py|/))`", page)):
         assert any((folder / name).exists() for folder in folders) or (REPOSITORY / name).exists(), name

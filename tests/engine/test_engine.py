@@ -312,7 +312,7 @@ def test_the_cache_of_a_cpu_is_bounded_and_takes_no_memory_before_it_is_used(
     model: MiniCPMV, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("HUOYAN_CPU_KV_MB", raising=False)
-    monkeypatch.setattr("huoyan.engine.config.total_memory", lambda: 1 << 20)
+    monkeypatch.setattr("huoyan.engine.sizing.total_memory", lambda: 1 << 20)
     small = Engine(model).size
     assert small.total_bytes <= (1 << 20) // 4
     monkeypatch.undo()

@@ -163,7 +163,8 @@ def test_cache_evicts_least_recently_used_and_spares_pinned() -> None:
     assert b"b" in cache
     cache.pin(b"c")
     assert not cache.reserve(b"d", 2), "everything that is left is pinned"
-    assert cache.reserve(b"d", 2, force=True)
+    assert not cache.reserve(b"d", 2, force=True), "others will give theirs up"
+    assert cache.reserve(b"d", 2, force=True, own={b"b", b"c"})
     cache.pin(b"d")
     cache.put(b"c", torch.zeros(5, 1, 1))
     cache.put(b"d", torch.zeros(2, 1, 1))

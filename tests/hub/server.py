@@ -30,8 +30,13 @@ class Hub:
         self.sent: dict[str, int] = {}
         """Bytes of bodies by file name."""
         self.authorizations: set[str | None] = set()
+        self.ignores_ranges = False
+        self.store: str | None = None
+        """Where large files are said to be, as the hub sends one elsewhere for them; `store_url` is this server
+        by another name."""
+        self.store_authorizations: set[str | None] = set()
         self.lock = threading.Lock()
-        self.url = ""
+        self.url = self.store_url = ""
 
     def add(self, name: str, files: dict[str, bytes]) -> None:
         self.repos[name] = files
@@ -42,6 +47,7 @@ class Hub:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
         thread.start()
         self.url = f"http://127.0.0.1:{server.server_address[1]}"
+        self.store_url = f"http://localhost:{server.server_address[1]}"
         try:
             yield self
         finally:
@@ -77,6 +83,10 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             if hub.fail_with is not None:
                 return self._error(hub.fail_with, None)
             path = self.path.split("?")[0]
+            stored = path.startswith("/stored/")
+            if stored:
+                hub.store_authorizations.add(self.headers.get("Authorization"))
+                path = path.removeprefix("/stored")
             api = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path)
             file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
             match = api or file
@@ -94,7 +104,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             content = hub.repos[name].get(file.group(3))
             if content is None:
                 return self._error(404, "EntryNotFound")
-            return self._file(file.group(3), content, with_body)
+            return self._file(file.group(3), content, with_body, stored)
 
         def _info(self, name: str) -> dict[str, Any]:
             siblings = []
@@ -117,16 +127,22 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 files.append(entry)
             return files
 
-        def _file(self, path: str, content: bytes, with_body: bool) -> None:
+        def _file(self, path: str, content: bytes, with_body: bool, stored: bool) -> None:
             start = 0
-            wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
-            if wanted and with_body:
+            end = len(content)
+            wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+            if hub.store and hub.is_large(content) and not stored:
+                self.send_response(302)
+                self.send_header("Location", f"{hub.store}/stored{self.path}")
+                end = 0
+            elif wanted and with_body and not hub.ignores_ranges:
                 start = int(wanted.group(1))
+                end = min(int(wanted.group(2) or end) + bool(wanted.group(2)), end)
                 self.send_response(206)
-                self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+                self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(content)}")
             else:
                 self.send_response(200)
-            self.send_header("Content-Length", str(len(content) - start))
+            self.send_header("Content-Length", str(end - start))
             self.send_header("Accept-Ranges", "bytes")
             self.send_header("ETag", f'"{hub.etag(content)}"')
             self.send_header("X-Repo-Commit", COMMIT)
@@ -136,8 +152,8 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             self.end_headers()
             if not with_body:
                 return
-            for at in range(start, len(content), 16384):
-                piece = content[at : min(at + 16384, len(content))]
+            for at in range(start, end, 16384):
+                piece = content[at : min(at + 16384, end)]
                 with hub.lock:
                     hub.sent[path] = hub.sent.get(path, 0) + len(piece)
                     broken = hub.break_after is not None and sum(hub.sent.values()) > hub.break_after

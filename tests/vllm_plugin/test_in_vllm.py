@@ -51,7 +51,7 @@ def run(python: str, jobs: dict[str, Any], root: Path, settings: dict[str, str])
     with (root / "log").open("w") as log:
         ended = subprocess.run(
             [python, str(script), str(root / "jobs.json"), str(root / "found.json")],
-            stdout=log, stderr=subprocess.STDOUT, env=settings, timeout=600, check=False,
+            stdout=log, stderr=subprocess.STDOUT, env=settings, timeout=900, check=False,
         )  # fmt: skip
     said = (root / "log").read_text(encoding="utf-8", errors="replace")
     assert ended.returncode == 0, said[-4000:]

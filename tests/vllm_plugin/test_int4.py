@@ -47,6 +47,12 @@ def test_plain_modules(seed: int) -> None:
             assert not any(entry in module for entry in found), module
 
 
+def test_a_plain_layer_is_not_named_as_the_beginning_of_another() -> None:
+    shapes = {f"llm.model.layers.{i}.mlp.up_proj.qweight": (8, 1) for i in range(10, 13)}
+    shapes["llm.model.layers.1.mlp.up_proj.weight"] = (8, 8)
+    assert plain_modules(shapes) == ["llm.model.layers.1.mlp"]
+
+
 def complete(monkeypatch: pytest.MonkeyPatch, shapes: dict[str, Any], **quantization: Any) -> dict[str, Any]:
     monkeypatch.setattr("huoyan.vllm_plugin.int4._shapes", lambda model, revision: shapes)
     fields: dict[str, Any] = {"quantization_config": quantization}

@@ -46,7 +46,8 @@ class LLM:
         dtype: `auto` (the checkpoint's on a GPU, float32 on a CPU), `float32`, `float16`, `bfloat16`.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`.
         max_model_len: tokens of prompt and answer together, at most; None takes the checkpoint's.
-        gpu_memory_utilization: the fraction of the card to use, weights and KV cache together.
+        gpu_memory_utilization: the fraction of the card that may be in use, everything together; 1.0 works.
+        gpu_memory: "24GiB" instead: what this process takes at most, also of a larger card (or of main memory).
         max_num_seqs, max_num_batched_tokens: sequences, and tokens, of one step at most.
         limit_mm_per_prompt: `{"image": 4}` refuses prompts with more.
         seed: what sampling without a seed of its own starts from.

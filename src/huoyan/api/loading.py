@@ -6,6 +6,7 @@ import contextlib
 import logging
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +90,8 @@ def _open_native(folder: Path, frontend: CheckpointFrontend, options: EngineOpti
 
     from huoyan.engine.config import EngineConfig
     from huoyan.engine.engine import Engine
+    from huoyan.engine.sizing import check_before_loading, limit_torch
+    from huoyan.media.slicing import MAX_SLICE_GROWTH, read_slice_rules
     from huoyan.models.checkpoint import open_checkpoint
     from huoyan.models.weights import load_model
 
@@ -98,6 +101,7 @@ def _open_native(folder: Path, frontend: CheckpointFrontend, options: EngineOpti
     sizes: dict[str, Any] = {
         "max_model_len": options.max_model_len,
         "gpu_memory_utilization": options.gpu_memory_utilization,
+        "gpu_memory": options.gpu_memory_bytes,
         "max_num_seqs": options.max_num_seqs,
         "max_num_batched_tokens": options.max_num_batched_tokens,
         "enable_prefix_caching": options.enable_prefix_caching,
@@ -105,7 +109,11 @@ def _open_native(folder: Path, frontend: CheckpointFrontend, options: EngineOpti
         "seed": options.seed,
     }
     config = EngineConfig(**{name: value for name, value in sizes.items() if value is not None})
+    rules = read_slice_rules(folder)
+    patches = MAX_SLICE_GROWTH * (rules.scale_resolution // rules.patch_size) ** 2
+    config = replace(config, max_slice_patches=patches)
     tokenizer = frontend.tokenizer
+    check_before_loading(config, checkpoint, torch.device(device), options.dtype, dummy=dummy)
     try:
         with _loading_bar(checkpoint.nbytes, options.model) as progress:
             model = load_model(
@@ -126,7 +134,10 @@ def _open_native(folder: Path, frontend: CheckpointFrontend, options: EngineOpti
         if engine.takes_originals:
             frontend.keep_originals()
         return engine
-    except torch.OutOfMemoryError as error:
+    except BaseException as error:
+        limit_torch(None, torch.device(device))
+        if not isinstance(error, torch.OutOfMemoryError):
+            raise
         raise CapacityError(
             f"{options.model} ({checkpoint.nbytes / 2**30:.1f} GiB of weights) does not fit into the memory "
             f"of {device}: free some, or use the int4 checkpoint"

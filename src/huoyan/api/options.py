@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from huoyan.errors import InputError, UnsupportedError
+from huoyan.planning.sizes import parse_bytes
 
 if TYPE_CHECKING:
     from huoyan.media.fetch import FetchPolicy
@@ -34,6 +35,8 @@ class EngineOptions:
     device: str = "auto"
     max_model_len: int | None = None
     gpu_memory_utilization: float = 0.9
+    gpu_memory: str | int | None = None
+    """What this process may take of the card ("24GiB"), in place of `gpu_memory_utilization`."""
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     seed: int = 0
@@ -93,6 +96,8 @@ class EngineOptions:
                 f"gpu_memory_utilization is a fraction of the card, above 0 and up to 1 "
                 f"(got {self.gpu_memory_utilization})"
             )
+        if self.gpu_memory is not None:
+            parse_bytes(self.gpu_memory, "gpu_memory")
         if self.quantization not in (None, "awq", "awq_marlin") and self.backend == "native":
             raise UnsupportedError(
                 f"quantization {self.quantization!r}: huoyan runs AWQ int4 checkpoints, and reads from the "
@@ -109,6 +114,10 @@ class EngineOptions:
                         f"{name}={getattr(self, name)}: the native engine runs on one device; "
                         "use engine='vllm', or one LLM a card"
                     )
+
+    @property
+    def gpu_memory_bytes(self) -> int | None:
+        return None if self.gpu_memory is None else parse_bytes(self.gpu_memory, "gpu_memory")
 
 
 def _at_least(name: str, value: object, least: int) -> None:

@@ -113,14 +113,38 @@ def write_random_checkpoint(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists already: give a new folder, or remove it first")
     _check(sizes, quantization)
+    config = _write_settings(folder, sizes, wanted, quantization, seed)
+    model_config = parse_model_config(config)
+    group_size = sizes.group_size if quantization else None
+    tensors = _tensors(model_config, wanted, torch.device(device), seed, group_size)
+    _write_shards(folder, tensors, shard_bytes, progress, _total_bytes(model_config, wanted, group_size))
+    write_json(folder / "config.json", config)
+    return folder
+
+
+def write_weightless_checkpoint(
+    folder: str | Path, shape: str | CheckpointShape, *, quantization: str | None = None, seed: int = 0
+) -> Path:
+    """The same folder without weights, for `load_format="dummy"`, which makes them up on the device."""
+    folder, sizes = Path(folder), _shape(shape)
+    _check(sizes, quantization)
+    dtype = torch.float16 if quantization else torch.bfloat16
+    write_json(folder / "config.json", _write_settings(folder, sizes, dtype, quantization, seed))
+    return folder
+
+
+def _write_settings(
+    folder: Path, sizes: CheckpointShape, dtype: torch.dtype, quantization: str | None, seed: int
+) -> dict[str, Any]:
+    """Write everything but the weights and `config.json`, whose contents are returned."""
     tokenizer = train_tokenizer(sizes.vocab_size, seed=seed)
-    config = _config(sizes, wanted, quantization)
+    config = _config(sizes, dtype, quantization)
     config |= {
         "bos_token_id": tokenizer.token_to_id("<|im_start|>"),
         "eos_token_id": tokenizer.token_to_id("<|im_end|>"),
         "pad_token_id": tokenizer.token_to_id("<|endoftext|>"),
     }
-    model_config = parse_model_config(config)
+    parse_model_config(config)
     pictures = {
         "max_slice_nums": sizes.max_slice_nums,
         "scale_resolution": sizes.scale_resolution,
@@ -128,11 +152,7 @@ def write_random_checkpoint(
         "image_feature_size": sizes.query_num,
     }
     write_text_files(folder, tokenizer, pictures=pictures)
-    group_size = sizes.group_size if quantization else None
-    tensors = _tensors(model_config, wanted, torch.device(device), seed, group_size)
-    _write_shards(folder, tensors, shard_bytes, progress, _total_bytes(model_config, wanted, group_size))
-    write_json(folder / "config.json", config)
-    return folder
+    return config
 
 
 def _shape(shape: str | CheckpointShape) -> CheckpointShape:

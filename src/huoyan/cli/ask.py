@@ -11,6 +11,7 @@ from huoyan.cli.options import (
     DeviceOption,
     DtypeOption,
     EngineOption,
+    GpuMemoryOption,
     HubOption,
     MaxModelLenOption,
     ModelOption,
@@ -68,6 +69,7 @@ def ask(
     engine: EngineOption = "native",
     tensor_parallel_size: TensorParallelOption = 1,
     pipeline_parallel_size: PipelineParallelOption = 1,
+    gpu_memory: GpuMemoryOption = None,
     system: Annotated[
         str | None,
         typer.Option("--system", help="A system message before the question.", rich_help_panel=_ANSWER),
@@ -139,6 +141,7 @@ def ask(
         device=device,
         dtype=dtype,
         max_model_len=max_model_len,
+        gpu_memory=gpu_memory,
         max_num_seqs=max(beam or 1, 8),
         engine=engine,
         tensor_parallel_size=tensor_parallel_size,

@@ -13,6 +13,7 @@ from huoyan.cli.options import (
     DeviceOption,
     DtypeOption,
     EngineOption,
+    GpuMemoryOption,
     HubOption,
     MaxModelLenOption,
     ModelOption,
@@ -39,6 +40,7 @@ def batch(
     engine: EngineOption = "native",
     tensor_parallel_size: TensorParallelOption = 1,
     pipeline_parallel_size: PipelineParallelOption = 1,
+    gpu_memory: GpuMemoryOption = None,
     concurrency: Annotated[
         int, typer.Option("--concurrency", "-c", min=1, help="Requests that run side by side.")
     ] = 64,
@@ -84,7 +86,7 @@ def batch(
             if run.remaining:
                 llm = open_llm(
                     model, hub=hub, revision=revision, device=device, dtype=dtype,
-                    max_model_len=max_model_len, max_num_seqs=concurrency, engine=engine,
+                    max_model_len=max_model_len, max_num_seqs=concurrency, engine=engine, gpu_memory=gpu_memory,
                     tensor_parallel_size=tensor_parallel_size, pipeline_parallel_size=pipeline_parallel_size,
                 )  # fmt: skip
                 start = time.monotonic()

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from huoyan.cli import ask, batch, env, models, quantize, version
+from huoyan.cli import ask, batch, bench, env, models, plan, quantize, version
 from huoyan.errors import CapacityError, HuoyanError, InputError
 
 INTERRUPTED = 130
@@ -47,6 +47,8 @@ def top(
 app.command("ask")(ask.ask)
 app.command("batch")(batch.batch)
 app.command("quantize")(quantize.quantize)
+app.add_typer(bench.app)
+app.command("plan")(plan.plan)
 app.command("models")(models.models)
 app.command("env")(env.env)
 app.command("version")(version.version)

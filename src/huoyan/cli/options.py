@@ -63,3 +63,10 @@ PipelineParallelOption = Annotated[
         help="GPUs, or groups of them, that share the layers out (vLLM only).",
     ),
 ]  # fmt: skip
+GpuMemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        "--gpu-memory", metavar="SIZE", rich_help_panel=_PANEL, show_default=False,
+        help="Take no more than this, such as 24GiB; without it nine tenths of the card.",
+    ),
+]  # fmt: skip

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from huoyan.planning.pieces import GATHER_TOKENS, MASK_VALUES
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from huoyan.engine.kv_cache import KVCache
 
 QUERY_PIECE = 512
-"""Queries of a later chunk that are attended at once: bounds the mask to this times the context."""
+"""Queries of a later chunk that are attended at once, at most."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,15 @@ class Workspace:
         count = blocks.shape[0]
         buffer = self._buffers[which]
         if buffer is None or buffer.shape[0] < count:
-            buffer = cache.new_empty((_rounded_up(count), *cache.shape[1:]))
+            buffer = cache.new_empty((self._rounded_up(count, cache.shape[1]), *cache.shape[1:]))
             self._buffers[which] = buffer
         picked = torch.index_select(cache, 0, blocks, out=buffer[:count])
         return picked.view(rows, -1, *cache.shape[2:])[:, :length].transpose(1, 2)
+
+    @staticmethod
+    def _rounded_up(count: int, block_size: int) -> int:
+        """The next power of two, so that a growing context does not grow the buffer every few steps."""
+        return max(count, min(1 << max(count - 1, 0).bit_length(), GATHER_TOKENS // block_size))
 
 
 class PagedAttention:
@@ -116,21 +123,38 @@ class PagedAttention:
         length = chunk.end - chunk.start
         all_k = self._workspace.gather(0, keys, chunk.blocks, 1, chunk.context + length)
         all_v = self._workspace.gather(1, values, chunk.blocks, 1, chunk.context + length)
+        group = q.shape[1] // keys.shape[2]
+        folded = q.is_cuda and group > 1
+        piece = MASK_VALUES // (chunk.context + length) // (group if folded else 1)
+        piece = max(min(piece, QUERY_PIECE), 1)
         parts = []
-        for first in range(0, length, QUERY_PIECE):
-            last = min(first + QUERY_PIECE, length)
+        for first in range(0, length, piece):
+            last = min(first + piece, length)
             seen = chunk.context + last
             mask = torch.ones(last - first, seen, dtype=torch.bool, device=q.device)
             mask = mask.tril_(chunk.context + first)
-            out = F.scaled_dot_product_attention(
-                queries[:, :, first:last],
-                all_k[:, :, :seen],
-                all_v[:, :, :seen],
-                attn_mask=mask,
-                enable_gqa=True,
-            )
+            attend = attend_folded if folded else _attend_grouped
+            out = attend(queries[:, :, first:last], all_k[:, :, :seen], all_v[:, :, :seen], mask)
             parts.append(out[0].transpose(0, 1))
         return parts
+
+
+def _attend_grouped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+
+def attend_folded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Attention of q [1, heads, Q, head_dim] over k, v [1, kv_heads, S, head_dim] under mask bool [Q, S].
+
+    The query heads that share a key head stand as further queries. On CUDA grouped heads with a mask would fall
+    to an implementation that writes all scores out in float32: gigabytes at a long context.
+    """
+    kv_heads = k.shape[1]
+    group = q.shape[1] // kv_heads
+    rows = q.unflatten(1, (kv_heads, group)).flatten(2, 3)
+    out = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask.repeat(group, 1))
+    apart: Tensor = out.unflatten(2, (group, -1))
+    return apart.flatten(1, 2)
 
 
 def _buckets(batch: Batch, tables: Tensor, block_size: int, dtype: torch.dtype) -> list[_DecodeBucket]:
@@ -142,8 +166,9 @@ def _buckets(batch: Batch, tables: Tensor, block_size: int, dtype: torch.dtype) 
         max_len = lengths[start]
         # Below four blocks another call costs more than the padding.
         shortest = max_len // 2 if max_len > 4 * block_size else 0
+        most = start + max(GATHER_TOKENS // (-(-max_len // block_size) * block_size), 1)
         end = start + 1
-        while end < len(lengths) and lengths[end] >= shortest:
+        while end < min(len(lengths), most) and lengths[end] >= shortest:
             end += 1
         blocks = tables[start:end, : -(-max_len // block_size)].reshape(-1)
         mask = None
@@ -156,8 +181,3 @@ def _buckets(batch: Batch, tables: Tensor, block_size: int, dtype: torch.dtype) 
         buckets.append(_DecodeBucket(start, end, max_len, blocks, mask))
         start = end
     return buckets
-
-
-def _rounded_up(count: int) -> int:
-    """The next power of two, so that a growing context does not grow the buffer every few steps."""
-    return 1 << max(count - 1, 0).bit_length()

@@ -3,8 +3,10 @@ prefill chunks. Rotation and the write to the cache are one kernel before both."
 
 from __future__ import annotations
 
+import inspect
+from functools import lru_cache
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 from huoyan.kernels.paged_decode import paged_decode
 from huoyan.kernels.rope_cache import rope_cache
 from huoyan.layers.packed_attention import to_device
+from huoyan.planning.pieces import GATHER_TOKENS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -49,7 +52,10 @@ class CudaAttention:
         self._table = rotary_table
         self._heads = heads
         self._decodes = batch.num_decodes
-        self._prefill = _PrefillPlan(cache, batch, tensors) if batch.num_decodes < len(batch.chunks) else None
+        self._prefills = [
+            _PrefillPlan(cache, batch, first, last)
+            for first, last in prefill_groups(batch, batch.num_decodes)
+        ]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         raise NotImplementedError("on CUDA rotation and attention are one: rotate_and_attend")
@@ -71,19 +77,41 @@ class CudaAttention:
                     self._tensors.seq_lens[:decodes],
                 ).flatten(1)
             )
-        if self._prefill is not None:
-            parts.append(self._prefill.attend(rows[decodes:], self._heads, keys, values).flatten(1))
+        for plan in self._prefills:
+            parts.append(plan.attend(rows, self._heads, keys, values).flatten(1))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-class _PrefillPlan:
-    """All prefill chunks of a step as one packed call; chunks with a past read it from the cache."""
+def prefill_groups(batch: Batch, first: int) -> list[tuple[int, int]]:
+    """Chunks from `first` on in runs (first, last) that attend to GATHER_TOKENS tokens at most, or are one."""
+    groups: list[tuple[int, int]] = []
+    room = 0
+    for i in range(first, len(batch.chunks)):
+        length = int(batch.seq_lens[i])
+        if length > room:
+            groups.append((i, i))
+            room = GATHER_TOKENS
+        groups[-1] = (groups[-1][0], i + 1)
+        room -= length
+    return groups
 
-    def __init__(self, cache: KVCache, batch: Batch, tensors: StepTensors) -> None:
-        first = batch.num_decodes
-        starts = batch.cu_seqlens_q[first:] - batch.cu_seqlens_q[first]
+
+@lru_cache(maxsize=1)
+def grouped_heads() -> bool:
+    """Whether torch's packed attention takes fewer key heads than query heads; else keys are repeated."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+class _PrefillPlan:
+    """Prefill chunks first to last as one packed call; chunks with a past read it from the cache."""
+
+    def __init__(self, cache: KVCache, batch: Batch, first: int, last: int) -> None:
+        self.first, self.last = int(batch.cu_seqlens_q[first]), int(batch.cu_seqlens_q[last])
+        starts = batch.cu_seqlens_q[first : last + 1] - self.first
         q_lengths = np.diff(starts)
-        k_lengths = batch.seq_lens[first:]
+        k_lengths = batch.seq_lens[first:last]
         self.max_q, self.max_k = int(q_lengths.max()), int(k_lengths.max())
         device = cache.keys.device
         cu = torch.tensor([starts.tolist(), [0, *accumulate(k_lengths.tolist())]], dtype=torch.int32)
@@ -93,29 +121,36 @@ class _PrefillPlan:
             size = cache.block_size
             slots = [
                 (table[:, None] * size + np.arange(size)).reshape(-1)[:length]
-                for table, length in zip(batch.block_tables[first:], k_lengths.tolist(), strict=True)
+                for table, length in zip(batch.block_tables[first:last], k_lengths.tolist(), strict=True)
             ]
             self.slots = to_device(torch.from_numpy(np.concatenate(slots)), device)
 
     def attend(self, rows: Tensor, heads: int, keys: Tensor, values: Tensor) -> Tensor:
-        """rows [T, heads + 2 kv_heads, head_dim], rotated -> [T, heads, head_dim]."""
+        """rows [T, heads + 2 kv_heads, head_dim] of the step, rotated -> [chunks' tokens, heads, head_dim]."""
         from torch.nn.attention.varlen import varlen_attn
 
+        rows = rows[self.first : self.last]
         kv_heads = keys.shape[2]
         if self.slots is None:
             k, v = rows[:, heads : heads + kv_heads], rows[:, heads + kv_heads :]
         else:
             k, v = (cache.flatten(0, 1).index_select(0, self.slots) for cache in (keys, values))
         group = heads // kv_heads
+        grouped: dict[str, Any] = {}
+        if group > 1 and grouped_heads():
+            k, v, grouped = k.contiguous(), v.contiguous(), {"enable_gqa": True}
+        else:
+            k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
         out = varlen_attn(
             rows[:, :heads].contiguous(),
-            k.repeat_interleave(group, 1),
-            v.repeat_interleave(group, 1),
+            k,
+            v,
             self.cu_q,
             self.cu_k,
             self.max_q,
             self.max_k,
             window_size=(-1, 0),
+            **grouped,
         )
         assert isinstance(out, Tensor)
         return out

@@ -18,9 +18,10 @@ from huoyan.engine.sampler import (
 )
 from huoyan.engine.structured import GrammarCompiler, GrammarState
 from huoyan.engine.token_counts import TokenCounts
+from huoyan.planning.pieces import CHOICE_LOGITS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from torch import Tensor
 
@@ -52,19 +53,22 @@ class Choice:
 
     sampled: dict[Group, int] = field(default_factory=dict)
     """How many tokens each group got, in the order in which they stand in `tokens`."""
-    tokens: SampledTokens | None = None
+    tokens: list[SampledTokens] = field(default_factory=list)
+    """A piece of the rows each."""
     candidates: dict[Group, list[BeamCandidates]] = field(default_factory=dict)
     failed: dict[Group, Exception] = field(default_factory=dict)
 
     @property
     def token_ids(self) -> Tensor | None:
         """int64 [tokens], on the device."""
-        return None if self.tokens is None else self.tokens.ids
+        if not self.tokens:
+            return None
+        return self.tokens[0].ids if len(self.tokens) == 1 else torch.cat([part.ids for part in self.tokens])
 
     def read(self) -> dict[Group, Chosen]:
         """Waits until they are chosen."""
         out: dict[Group, Chosen] = {**self.failed, **self.candidates}
-        found = iter(self.tokens.read() if self.tokens is not None else ())
+        found = (token for part in self.tokens for token in part.read())
         for group, count in self.sampled.items():
             out[group] = [next(found) for _ in range(count)]
         return out
@@ -122,12 +126,13 @@ class Chooser:
             ]
             flat = [row for g in sampled for row in prepared[g]]
             choice.sampled = {g: len(prepared[g]) for g in sampled}
-            choice.tokens = sample(_pick(logits, index), flat)
+            choice.tokens = [sample(some, part) for some, part in _pieces(logits, index, flat)]
         searches = [g for g in prepared if g.params.use_beam_search]
         if searches:
             index = [row for g in searches for row in rows[g]]
-            candidates = iter(
-                beam_candidates(_pick(logits, index), [r for g in searches for r in prepared[g]])
+            flat = [r for g in searches for r in prepared[g]]
+            candidates = (
+                found for some, part in _pieces(logits, index, flat) for found in beam_candidates(some, part)
             )
             choice.candidates = {g: [next(candidates) for _ in prepared[g]] for g in searches}
         return choice
@@ -200,6 +205,15 @@ class Chooser:
                 grammar = self._compiled[group].fork()
             states[seq] = SequenceState(counts, grammar)
         return states[seq]
+
+
+def _pieces(
+    logits: Tensor, index: list[int], rows: list[SamplingRow]
+) -> Iterator[tuple[Tensor, list[SamplingRow]]]:
+    """Rows `index` of the logits with what belongs to each, a piece at a time."""
+    step = max(CHOICE_LOGITS // logits.shape[1], 1)
+    for first in range(0, len(index), step):
+        yield _pick(logits, index[first : first + step]), rows[first : first + step]
 
 
 def _pick(logits: Tensor, index: list[int]) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from huoyan.kernels.paged_decode import paged_decode
 from huoyan.kernels.rope_cache import rope_cache
+from huoyan.planning.graphs import graph_sizes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -21,13 +22,6 @@ if TYPE_CHECKING:
     from huoyan.engine.batch import Batch
     from huoyan.engine.kv_cache import KVCache
     from huoyan.models.minicpmv import MiniCPMV
-
-
-def graph_sizes(most: int) -> list[int]:
-    """Batch sizes that get a graph of their own: close together where a row more costs most."""
-    sizes = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256]
-    kept = [size for size in sizes if size < most]
-    return [*kept, most] if most <= sizes[-1] else sizes
 
 
 class DecodeGraphs:
@@ -39,6 +33,10 @@ class DecodeGraphs:
         self._sizes = graph_sizes(max_num_seqs)
         self._max_blocks = -(-max_model_len // cache.block_size)
         self._pool: tuple[int, int] | None = None
+        # One for all sizes: each graph's own would stay with it.
+        self._logits = torch.empty(
+            self._sizes[-1], model.config.text.vocab_size, dtype=torch.float32, device=cache.keys.device
+        )
         self._graphs: dict[int, _Graph] = {}
 
     def fits(self, batch: Batch) -> bool:
@@ -53,7 +51,7 @@ class DecodeGraphs:
         count = len(batch.chunks)
         size = next(s for s in self._sizes if s >= count)
         if size not in self._graphs:
-            graph = _Graph(self._model, self._cache, size, self._max_blocks)
+            graph = _Graph(self._model, self._cache, self._logits[:size], self._max_blocks)
             graph.capture(self._pool)
             self._pool = graph.pool
             self._graphs[size] = graph
@@ -63,10 +61,12 @@ class DecodeGraphs:
 class _Graph:
     """One captured batch size with its inputs, which stay where they are."""
 
-    def __init__(self, model: MiniCPMV, cache: KVCache, size: int, max_blocks: int) -> None:
+    def __init__(self, model: MiniCPMV, cache: KVCache, logits: Tensor, max_blocks: int) -> None:
+        """`logits`: float32 [size, vocab], where a replay leaves them."""
         self._model = model
         self._cache = cache
-        self._size = size
+        self._logits = logits
+        size = len(logits)
         self._columns = 4 + max_blocks
         # One row a sequence: token, position, slot, length, then its blocks. One copy fills them all.
         host = torch.zeros(size, self._columns, dtype=torch.int32)
@@ -75,7 +75,6 @@ class _Graph:
         self._rows: NDArray[np.int32] = self._host.numpy()
         self._inputs = self._host.to(cache.keys.device)
         self._graph = torch.cuda.CUDAGraph()
-        self._logits: Tensor | None = None
         self._copied = torch.cuda.Event()
 
     @property
@@ -91,7 +90,7 @@ class _Graph:
             self._forward()
         torch.cuda.current_stream().wait_stream(stream)
         with torch.cuda.graph(self._graph, pool=pool):  # type: ignore[arg-type]  # the stub names a private type
-            self._logits = self._forward()
+            self._forward()
 
     def replay(self, batch: Batch, late: tuple[Tensor, Tensor] | None) -> Tensor:
         count = len(batch.chunks)
@@ -108,14 +107,13 @@ class _Graph:
         if late is not None:
             self._inputs[:, 0].index_copy_(0, late[0], late[1].to(torch.int32))
         self._graph.replay()
-        assert self._logits is not None
         return self._logits
 
-    def _forward(self) -> Tensor:
+    def _forward(self) -> None:
         tokens, positions = self._inputs[:, 0].long(), self._inputs[:, 1].long()
         attend = _GraphAttention(self._model, self._cache, self._inputs)
         x = self._model.embed(tokens)
-        return self._model.logits(self._model.decoder(x, positions, attend))
+        self._logits.copy_(self._model.logits(self._model.decoder(x, positions, attend)))
 
 
 class _GraphAttention:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from huoyan.engine.noise import exponential
+from huoyan.planning.pieces import NOISE_LOGITS, NOISE_LOGITS_CUDA, SORTED_LOGITS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 CANDIDATES = 256
 """Likeliest tokens of a row that are looked at first."""
 _SORT_ABOVE = 4096
-_MAX_NOISE = {"cpu": 1 << 17, "cuda": 1 << 24}
-"""Tokens whose noise is made at once: what stays in a core's cache, or takes little of a GPU's memory."""
 
 
 @dataclass
@@ -61,7 +60,7 @@ class Filters:
             any(p.top_p < 1 and not 0 < p.top_k < vocab_size for p in params),
         )
 
-    def rows(self, index: Tensor) -> Filters:
+    def rows(self, index: Tensor | slice) -> Filters:
         return Filters(
             self.temperature[index],
             self.top_k[index],
@@ -97,7 +96,7 @@ def draw(logits: Tensor, params: Sequence[SamplingParams], keys: Sequence[int]) 
 def _draw_whole(x: Tensor, floor: Tensor | None, keys: Tensor) -> Tensor:
     """From the whole vocabulary, or what of it reaches `floor: [R, 1]`; x is used up."""
     tokens = torch.arange(x.shape[1], device=x.device)
-    step = max(_MAX_NOISE.get(x.device.type, 1 << 17) // x.shape[1], 1)
+    step = max((NOISE_LOGITS_CUDA if x.is_cuda else NOISE_LOGITS) // x.shape[1], 1)
     parts = []
     for first in range(0, len(x), step):
         some = x[first : first + step]
@@ -113,8 +112,12 @@ def _draw_unseen(logits: Tensor, filters: Filters, keys: Tensor) -> Tensor:
     """What `_draw_filtered` draws, by a way that depends on the parameters alone and never on the logits."""
     x = logits / filters.temperature
     wide = x.shape[1] if filters.open_top_p else min(max(filters.most, 1), x.shape[1])
-    values = x.topk(wide).values
-    return _draw_whole(x, _floors(values, x, filters, tied=True)[1], keys)
+    step = max(SORTED_LOGITS // wide, 1)
+    floors = []
+    for first in range(0, len(x), step):
+        rows = slice(first, first + step)
+        floors.append(_floors(x[rows].topk(wide).values, x[rows], filters.rows(rows), tied=True)[1])
+    return _draw_whole(x, torch.cat(floors), keys)
 
 
 def _draw_filtered(logits: Tensor, filters: Filters, keys: Tensor) -> Tensor:
@@ -136,6 +139,10 @@ def _draw_filtered(logits: Tensor, filters: Filters, keys: Tensor) -> Tensor:
 
 
 def _draw_sorted(x: Tensor, filters: Filters, keys: Tensor) -> Tensor:
+    step = max(SORTED_LOGITS // x.shape[1], 1)
+    if len(x) > step:
+        pieces = [slice(first, first + step) for first in range(0, len(x), step)]
+        return torch.cat([_draw_sorted(x[rows], filters.rows(rows), keys[rows]) for rows in pieces])
     values, ids = x.sort(descending=True)
     return _pick(values, ids, _floors(values, x, filters)[1], keys)
 

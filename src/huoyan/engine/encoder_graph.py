@@ -15,15 +15,12 @@ import torch
 from torch import Tensor
 
 from huoyan.models.siglip import PackedGrids
+from huoyan.planning.pieces import ENCODER_GRAPH_PATCHES, ENCODER_GRAPHS
 
 if TYPE_CHECKING:
     from huoyan.models.minicpmv import MiniCPMV
 
 log = logging.getLogger(__name__)
-
-MOST_PATCHES = 4 * 1100
-"""Of a batch that is captured: some four slices of the published size."""
-MOST_GRAPHS = 16
 
 
 class Captured(Protocol):
@@ -37,8 +34,8 @@ class EncoderGraphs:
     def __init__(
         self,
         capture: Callable[[PackedGrids], Captured],
-        most_patches: int = MOST_PATCHES,
-        most_graphs: int = MOST_GRAPHS,
+        most_patches: int = ENCODER_GRAPH_PATCHES,
+        most_graphs: int = ENCODER_GRAPHS,
     ) -> None:
         self._capture: Callable[[PackedGrids], Captured | None] = capture
         self._most_patches = most_patches

@@ -12,7 +12,7 @@ from huoyan.engine.answer import Answer, AnswerText, ChosenToken, StopRules
 from huoyan.engine.beam import BeamSearch
 from huoyan.engine.block_pool import BlockPool
 from huoyan.engine.chooser import Chooser
-from huoyan.engine.config import CacheSize, EngineConfig, size_cache
+from huoyan.engine.config import EngineConfig
 from huoyan.engine.in_flight import InFlight
 from huoyan.engine.kv_cache import KVCache
 from huoyan.engine.output import request_output, shown_answers
@@ -21,9 +21,12 @@ from huoyan.engine.prompt_logprobs import prompt_logprobs
 from huoyan.engine.request import check_request
 from huoyan.engine.runner import ForwardOutput, Runner, has_fused_attention
 from huoyan.engine.scheduler import Scheduler
+from huoyan.engine.sizing import CacheSize, limit_torch, size_cache
 from huoyan.engine.stats import EngineStats
 from huoyan.errors import HuoyanError, InputError
 from huoyan.layers.linear import lay_out_for_cpu
+from huoyan.planning.memory import slice_bytes
+from huoyan.planning.pieces import PICTURE_SLICES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -61,7 +64,8 @@ class Engine:
             CapacityError: the memory does not hold the context.
         """
         self.config = config or EngineConfig()
-        self.size: CacheSize = size_cache(self.config, model.config, model.dtype, model.device)
+        self.size: CacheSize = size_cache(self.config, model)
+        limit_torch(self.size.torch_bytes, model.device)
         text = model.config.text
         lay_out_for_cpu(model)
         self.model = model
@@ -71,7 +75,7 @@ class Engine:
         self._tokenizer = tokenizer
         self.pool = BlockPool(self.size.num_blocks, self.config.block_size, self.config.enable_prefix_caching)
         self.pictures = PictureCache(
-            self.config.picture_cache_bytes, model.config.query_num * text.hidden_size * model.dtype.itemsize
+            self.config.picture_cache_bytes, slice_bytes(model.config, model.dtype.itemsize)
         )
         self.scheduler = Scheduler(
             self.pool,
@@ -95,7 +99,14 @@ class Engine:
             from huoyan.engine.decode_graph import DecodeGraphs
 
             graphs = DecodeGraphs(model, cache, self.config.max_num_seqs, self.size.max_model_len)
-        self.runner = Runner(model, cache, self.pictures, self.config.max_encoder_slices, graphs=graphs)
+        self.runner = Runner(
+            model,
+            cache,
+            self.pictures,
+            self.config.max_encoder_slices,
+            self.size.limits.encoder_patches,
+            graphs=graphs,
+        )
         self.scheduler.encodes_beside = self.runner.encoder.runs_beside
         stops = frozenset(self._stop_token_ids) | (
             {eos_token_id} if eos_token_id is not None else frozenset()
@@ -118,6 +129,7 @@ class Engine:
             raise InputError(f"a request {request.request_id!r} is running already: give it another id")
         params = request.params
         check_request(request, self.vocab_size, self.model.config.query_num)
+        self._check_size(request)
         rules = StopRules.of(params, self._eos_token_id, self._stop_token_ids)
         width = params.num_sequences
         self._chooser.check(params)
@@ -202,7 +214,9 @@ class Engine:
         self._ended.clear()
         self._in_flight = None
         self.pictures.clear()
+        device = self.model.device
         del self.runner, self.model
+        limit_torch(None, device)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -337,6 +351,12 @@ class Engine:
     def _fail_all(self, groups: set[Group], error: Exception, outputs: list[RequestOutput]) -> None:
         if isinstance(error, HuoyanError):
             message = str(error)
+        elif isinstance(error, torch.OutOfMemoryError):
+            log.error("a step ran out of memory", exc_info=error)
+            message = (
+                "the device ran out of memory where the plan had room: lower max_num_batched_tokens or "
+                "max_num_seqs, and please report it"
+            )
         else:
             log.error("a step failed", exc_info=error)
             reason = " ".join(str(error).split())
@@ -344,3 +364,22 @@ class Engine:
         for group in sorted(groups, key=lambda g: g.order):
             self._end(group)
             outputs.append(request_output(group, [], message))
+
+    # -- requests -------------------------------------------------------------------------------------------
+
+    def _check_size(self, request: EngineRequest) -> None:
+        """Raise InputError where a picture is larger than what was set aside for one."""
+        side = self.model.config.vision.patch_size
+        most_slices = max(self.pictures.capacity_bytes // self.pictures.bytes_per_slice, PICTURE_SLICES)
+        for picture in request.pictures:
+            if picture.num_slices > most_slices:
+                raise InputError(
+                    f"a picture has {picture.num_slices} slices, and {most_slices} of one picture have room: lower "
+                    "max_slice_nums"
+                )
+            largest = max(picture.patches(side))
+            if largest > self.config.max_slice_patches:
+                raise InputError(
+                    f"a slice of a picture has {largest} patches, and {self.config.max_slice_patches} have room: "
+                    "cut the picture into pieces"
+                )

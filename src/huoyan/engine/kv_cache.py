@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from huoyan.planning.pieces import COPIED_BLOCKS
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -38,13 +40,6 @@ class KVCache:
         self._layers = [(self.keys[i], self.values[i]) for i in range(num_layers)]
         self._rows = [(keys.flatten(0, 1), values.flatten(0, 1)) for keys, values in self._layers]
 
-    @staticmethod
-    def bytes_per_block(
-        num_layers: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype
-    ) -> int:
-        """Bytes of one block over all layers, keys and values."""
-        return 2 * num_layers * block_size * kv_heads * head_dim * dtype.itemsize
-
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer, each [num_blocks, block_size, kv_heads, head_dim]."""
         return self._layers[index]
@@ -59,9 +54,11 @@ class KVCache:
         """Copy whole blocks (source, destination) in all layers. No destination may be a source."""
         if not pairs:
             return
-        sources, targets = (torch.tensor(side, device=self.keys.device) for side in zip(*pairs, strict=True))
-        for cache in (self.keys, self.values):
-            cache.index_copy_(1, targets, cache.index_select(1, sources))
+        for first in range(0, len(pairs), COPIED_BLOCKS):
+            part = zip(*pairs[first : first + COPIED_BLOCKS], strict=True)
+            sources, targets = (torch.tensor(side, device=self.keys.device) for side in part)
+            for cache in (self.keys, self.values):
+                cache.index_copy_(1, targets, cache.index_select(1, sources))
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

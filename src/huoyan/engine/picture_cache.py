@@ -6,6 +6,8 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from torch import Tensor
 
     from huoyan.engine.picture_encoder import Ready
@@ -36,15 +38,18 @@ class PictureCache:
     def __len__(self) -> int:
         return len(self._bytes)
 
-    def reserve(self, key: bytes, num_slices: int, force: bool = False) -> bool:
+    def reserve(self, key: bytes, num_slices: int, force: bool = False, own: Collection[bytes] = ()) -> bool:
         """Make room for a picture that is not here; False where pinned pictures leave too little.
 
-        With `force` the capacity may be exceeded (one picture must always be able to go on).
+        With `force` the capacity is exceeded where waiting for others would not help: by a picture that is
+        larger than all of it, and where nobody pins pictures but the asker, whose pins are `own`.
         """
         wanted = num_slices * self.bytes_per_slice
         evictable = sum(size for k, size in self._bytes.items() if k not in self._pins)
-        if self.used_bytes - evictable + wanted > self.capacity_bytes and not force:
-            return False
+        if self.used_bytes - evictable + wanted > self.capacity_bytes:
+            others = any(key not in own or count > 1 for key, count in self._pins.items())
+            if not force or (others and wanted <= self.capacity_bytes):
+                return False
         self._evict(self.capacity_bytes - wanted)
         self._bytes[key] = wanted
         self.used_bytes += wanted

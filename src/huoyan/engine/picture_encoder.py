@@ -22,6 +22,7 @@ from huoyan.layers.packed_attention import to_device
 from huoyan.media.originals import LARGEST
 from huoyan.models.patches import normalised_bytes
 from huoyan.models.siglip import PackedGrids
+from huoyan.planning.pieces import BESIDE_PATCHES
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -74,12 +75,19 @@ class PictureEncoder:
     """Owned by the runner. One thread calls it."""
 
     def __init__(
-        self, model: MiniCPMV, max_slices: int, *, on_device: bool | None = None, graphs: bool = False
+        self,
+        model: MiniCPMV,
+        max_slices: int,
+        max_patches: int = BESIDE_PATCHES,
+        *,
+        on_device: bool | None = None,
+        graphs: bool = False,
     ) -> None:
-        """`max_slices` go through the encoder together at most. `on_device` overrides `resizes_on_device`;
-        `graphs` captures small batches as CUDA graphs."""
+        """`max_slices` of `max_patches` patches go through the encoder together at most (one slice may have more).
+        `on_device` overrides `resizes_on_device`; `graphs` captures small batches as CUDA graphs."""
         self._model = model
         self._max_slices = max_slices
+        self._max_patches = max_patches
         self._stream: torch.cuda.Stream | None = None
         self._graphs: EncoderGraphs | None = None
         self._packer: _Packer | None = None
@@ -107,11 +115,8 @@ class PictureEncoder:
     def encode(self, pictures: Sequence[PreparedPicture]) -> tuple[list[Tensor], Ready | None]:
         """The embeddings [slices, query_num, hidden] of each picture, and what must be waited for before reading
         them."""
-        if self._packer is None:
-            slices = [piece for picture in pictures for piece in picture.slices]
-            step = self._max_slices
-            parts = [self._model.encode_slices(slices[i : i + step]) for i in range(0, len(slices), step)]
-            return self._split(pictures, _joined(parts)), None
+        if self._packer is None or self._patches(pictures) > self._most_together:
+            return self._encode_passes(pictures), None
         with torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
             patches, grids, back = self._packer.pack(pictures)
             own = self._split(pictures, self._encode(patches, grids).index_select(0, back))
@@ -124,6 +129,60 @@ class PictureEncoder:
             # Their memory must not be used again while the other stream may still read it.
             embeddings.record_stream(reader)
         return own, done
+
+    def together(self, pictures: Sequence[PreparedPicture]) -> list[list[PreparedPicture]]:
+        """Runs of neighbours that one call should encode: one pass's slices and patches, or one picture."""
+        runs: list[list[PreparedPicture]] = []
+        slices = patches = 0
+        for picture in pictures:
+            own = self._patches([picture])
+            if not runs or picture.num_slices > slices or own > patches:
+                runs.append([])
+                slices, patches = self._max_slices, self._most_together
+            runs[-1].append(picture)
+            slices -= picture.num_slices
+            patches -= own
+        return runs
+
+    @property
+    def _most_together(self) -> int:
+        """Patches of a call; beside decodes, where they take memory of their own, fewer."""
+        return self._max_patches if self._packer is None else min(self._max_patches, BESIDE_PATCHES)
+
+    def _patches(self, pictures: Sequence[PreparedPicture]) -> int:
+        side = self._model.config.vision.patch_size
+        return sum(sum(picture.patches(side)) for picture in pictures)
+
+    def _encode_passes(self, pictures: Sequence[PreparedPicture]) -> list[Tensor]:
+        """Slices that the host has cut, in passes that fit the workspace; a pass may end inside a picture."""
+        sizes = (self._model.config.query_num, self._model.config.text.hidden_size)
+        # Each has memory of its own, so that dropping one picture frees it.
+        own = [
+            torch.empty(picture.num_slices, *sizes, dtype=self._model.dtype, device=self._model.device)
+            for picture in pictures
+        ]
+        places = [place for embeddings in own for place in embeddings]
+        slices = [piece for picture in pictures for piece in picture.slices]
+        for first, last in self.passes(slices):
+            encoded = self._model.encode_slices(slices[first:last])
+            for place, embeddings in zip(places[first:last], encoded, strict=True):
+                place.copy_(embeddings)
+        return own
+
+    def passes(self, slices: Sequence[NDArray[np.uint8]]) -> list[tuple[int, int]]:
+        """Runs (first, last) of as many slices, and patches, as are encoded at once."""
+        side = self._model.config.vision.patch_size
+        runs: list[tuple[int, int]] = []
+        room = patches_left = 0
+        for i, piece in enumerate(slices):
+            patches = (piece.shape[0] // side) * (piece.shape[1] // side)
+            if not room or patches > patches_left:
+                runs.append((i, i))
+                room, patches_left = self._max_slices, self._max_patches
+            runs[-1] = (runs[-1][0], i + 1)
+            room -= 1
+            patches_left -= patches
+        return runs
 
     def _encode(self, patches: Tensor, grids: list[Grid]) -> Tensor:
         parts = []

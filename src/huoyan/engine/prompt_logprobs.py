@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from huoyan.api.outputs import Logprob
+from huoyan.planning.pieces import PROMPT_LOGITS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -14,9 +15,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from huoyan.api.outputs import TokenLogprobs
-
-MAX_LOGITS = 1 << 24
-"""Logits held at once (64 MiB in float32)."""
 
 
 @torch.inference_mode()
@@ -28,7 +26,7 @@ def prompt_logprobs(
     `project` maps [rows, hidden] to float32 logits [rows, vocab]. Log-probabilities are those of the model,
     before temperature and penalties. Ranks count from 1.
     """
-    step = max(MAX_LOGITS // vocab_size, 1)
+    step = max(PROMPT_LOGITS // vocab_size, 1)
     for first in range(0, len(hidden), step):
         logprobs = project(hidden[first : first + step]).log_softmax(-1)
         ids = next_ids[first : first + step]

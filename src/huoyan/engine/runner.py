@@ -43,9 +43,13 @@ class ForwardOutput:
 
 def has_fused_attention(model: MiniCPMV) -> bool:
     """Whether our kernels and torch's packed flash attention serve this model where it lies."""
-    sixteen_bits = model.dtype in (torch.float16, torch.bfloat16)
-    fits = model.device.type == "cuda" and sixteen_bits and model.config.text.head_dim % 8 == 0
-    return fits and decode_kernels_enabled()
+    return fuses_attention(model.device, model.dtype, model.config.text.head_dim)
+
+
+def fuses_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """The same of a model that is not there yet."""
+    sixteen_bits = dtype in (torch.float16, torch.bfloat16)
+    return device.type == "cuda" and sixteen_bits and head_dim % 8 == 0 and decode_kernels_enabled()
 
 
 class Runner:
@@ -57,6 +61,7 @@ class Runner:
         cache: KVCache,
         pictures: PictureCache,
         max_encoder_slices: int,
+        max_encoder_patches: int,
         *,
         graphs: DecodeGraphs | None = None,
     ) -> None:
@@ -65,7 +70,9 @@ class Runner:
         self.cache = cache
         self.pictures = pictures
         self.max_encoder_slices = max_encoder_slices
-        self.encoder = PictureEncoder(model, max_encoder_slices, graphs=graphs is not None)
+        self.encoder = PictureEncoder(
+            model, max_encoder_slices, max_encoder_patches, graphs=graphs is not None
+        )
         self.device = cache.keys.device
         self._fused = has_fused_attention(model)
         self._graphs = graphs
@@ -77,7 +84,7 @@ class Runner:
     def encode(self, pictures: Sequence[PreparedPicture]) -> dict[bytes, Exception]:
         """Encode pictures into the cache, several at once. Returns those that failed, by key."""
         failed: dict[bytes, Exception] = {}
-        for together in self._split(pictures):
+        for together in self.encoder.together(pictures):
             try:
                 self._encode(together)
             except Exception as error:  # noqa: PERF203
@@ -147,17 +154,6 @@ class Runner:
         return CudaAttention(
             self.cache, batch, StepTensors(batch, self.device), table, text.num_attention_heads
         )
-
-    def _split(self, pictures: Sequence[PreparedPicture]) -> list[list[PreparedPicture]]:
-        parts: list[list[PreparedPicture]] = []
-        room = 0
-        for picture in pictures:
-            if picture.num_slices > room:
-                parts.append([])
-                room = self.max_encoder_slices
-            parts[-1].append(picture)
-            room -= picture.num_slices
-        return parts
 
     def _encode(self, pictures: list[PreparedPicture]) -> None:
         encoded, ready = self.encoder.encode(pictures)

@@ -160,9 +160,9 @@ class Scheduler:
             self._register(seq)
             group = seq.group
             if group.pinned:
-                done = {use.key for use in group.pictures if use.end <= seq.num_computed}
-                still = {use.key for use in group.pictures if use.end > seq.num_computed}
-                self._unpin(group, group.pinned & (done - still))
+                # Only a picture that the next chunk goes on with: others, if they come again, may go meanwhile.
+                still = {u.key for u in group.pictures if u.start < seq.num_computed < u.end}
+                self._unpin(group, group.pinned - still)
 
     def sampled(self, seq: Sequence, token_id: int) -> None:
         """The host learns a token of a launched step."""
@@ -268,8 +268,8 @@ class Scheduler:
                 if busy or (num_slices + use.num_slices > self.max_encoder_slices and not alone):
                     end = min(end, max(first.start, start))
                     continue
-                force = alone and not out.prefills
-                if not self.pictures.reserve(use.key, use.num_slices, force):
+                force = alone and not out.prefills and first.start <= start
+                if not self.pictures.reserve(use.key, use.num_slices, force, group.pinned):
                     end = min(end, max(first.start, start))
                     continue
                 out.pictures.append(group.request.pictures[use.index])

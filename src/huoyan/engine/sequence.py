@@ -116,6 +116,10 @@ class PictureUse:
     index: int
 
     @property
+    def start(self) -> int:
+        return self.runs[0].start
+
+    @property
     def end(self) -> int:
         return self.runs[-1].end
 

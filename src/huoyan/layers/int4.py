@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from huoyan.kernels import decode_kernels_enabled
+from huoyan.planning.pieces import DENSE_VALUES
 
 _CPU_GROUPS = (32, 64, 128, 256)
-_DENSE_VALUES = 64 * 1024 * 1024
-"""At most this many values of a matrix are dequantized at a time."""
 
 
 @dataclass(frozen=True)
@@ -120,13 +119,16 @@ class Int4Linear(nn.Module):
         return self._by_blocks(x, dense)
 
     def _by_blocks(self, x: Tensor, dense: Callable[[int, int], Tensor]) -> Tensor:
-        rows = max(_DENSE_VALUES // self.width_in, 1)
-        parts = []
+        rows = max(DENSE_VALUES // self.width_in, 1)
+        if rows >= self.width_out:
+            return nn.functional.linear(x, dense(0, self.width_out), self.bias)
+        # Filled piece by piece: to join the pieces would take the product's memory twice.
+        out = x.new_empty(x.shape[0], self.width_out)
         for start in range(0, self.width_out, rows):
             stop = min(start + rows, self.width_out)
             bias = None if self.bias is None else self.bias[start:stop]
-            parts.append(nn.functional.linear(x, dense(start, stop), bias))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+            out[:, start:stop] = nn.functional.linear(x, dense(start, stop), bias)
+        return out
 
     def weight_rows(self, start: int, stop: int) -> Tensor:
         """Rows start to stop of the dense weight, from the bytes packing."""

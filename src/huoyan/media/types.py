@@ -72,6 +72,16 @@ class PreparedPicture:
     def num_slices(self) -> int:
         return self.plan.num_slices if self._slices is None else len(self._slices)
 
+    def patches(self, patch_size: int) -> list[int]:
+        """Of each slice."""
+        if self._slices is not None:
+            return [(s.shape[0] // patch_size) * (s.shape[1] // patch_size) for s in self._slices]
+
+        def of(size: Size) -> int:
+            return (size[0] // patch_size) * (size[1] // patch_size)
+
+        return [of(self.plan.overview), *[of(self.plan.cell or (0, 0))] * (self.num_slices - 1)]
+
     @property
     def slices(self) -> tuple[NDArray[np.uint8], ...]:
         """uint8 [height, width, 3], overview first, sides divisible by the patch size; cut anew each time from an

@@ -52,6 +52,35 @@ def resolve_model(
         ModelError: there is no such folder or model, or it cannot be downloaded; the line says what to do.
         InputError: the name or the hub is not one.
     """
+    found = _here_or_name(name, hub)
+    if isinstance(found, Path):
+        return found
+    return _from_hub(found, hub, revision, is_offline() if offline is None else offline, progress, cache_dir)
+
+
+def find_model(
+    name: str | os.PathLike[str],
+    *,
+    hub: str = "huggingface",
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+) -> Path | None:
+    """The folder of a checkpoint that is whole on this machine; None for a hub name that is not.
+
+    Raises:
+        ModelError, InputError: as `resolve_model`, save for the network, which is not touched.
+    """
+    found = _here_or_name(name, hub)
+    if isinstance(found, Path):
+        return found
+    present, lacking = _cached(
+        found, hub, revision, None if cache_dir is None else Path(cache_dir).expanduser()
+    )
+    return None if lacking else present
+
+
+def _here_or_name(name: str | os.PathLike[str], hub: str) -> Path | str:
+    """A folder that is here, or a name for a hub."""
     text = os.fspath(name)
     if not text.strip():
         raise InputError(f"the model's name is empty: give {_CHOICES}")
@@ -66,7 +95,7 @@ def resolve_model(
         raise ModelError(f"{text} is a file: give the folder of the checkpoint that holds config.json")
     if not _HUB_NAME.fullmatch(text) or isinstance(name, Path):
         raise ModelError(_not_found(text))
-    return _from_hub(text, hub, revision, is_offline() if offline is None else offline, progress, cache_dir)
+    return text
 
 
 def is_offline() -> bool:
@@ -92,16 +121,23 @@ def _not_found(text: str) -> str:
     )
 
 
-def _from_hub(
-    name: str, hub: str, revision: str | None, offline: bool, progress: bool, cache_dir: str | Path | None
-) -> Path:
-    cache = None if cache_dir is None else Path(cache_dir).expanduser()
+def _cached(
+    name: str, hub: str, revision: str | None, cache: Path | None
+) -> tuple[Path | None, tuple[str, ...]]:
+    """(the hub's folder for a model where there is one, the files it lacks)."""
     if hub == "huggingface":
         present = huggingface_snapshot(name, revision, cache)
     else:
         # Its folders do not say which revision they hold, so only the SDK can answer for a named one.
         present = modelscope_folder(name, cache) if revision is None else None
-    lacking = missing_files(present) if present is not None else ()
+    return present, missing_files(present) if present is not None else ()
+
+
+def _from_hub(
+    name: str, hub: str, revision: str | None, offline: bool, progress: bool, cache_dir: str | Path | None
+) -> Path:
+    cache = None if cache_dir is None else Path(cache_dir).expanduser()
+    present, lacking = _cached(name, hub, revision, cache)
     if present is not None and not lacking:
         return present
     if offline:

@@ -41,7 +41,7 @@ def download(name: str, revision: str | None, cache: Path | None, progress: bool
 
     root = cache or Path(constants.HF_HUB_CACHE)
     show = progress and sys.stderr.isatty()
-    with _friendly_errors(name, revision), _quiet(not show), _no_telemetry():
+    with friendly_errors(name, revision), _quiet(not show), no_telemetry():
         info = _model_info(name, revision)
         wanted = _data_files(name, info)
         _check_space(name, wanted, root)
@@ -182,7 +182,7 @@ def _quiet(silent: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _no_telemetry() -> Iterator[None]:
+def no_telemetry() -> Iterator[None]:
     """huggingface_hub tells the hub about the program that calls it, unless told not to."""
     from huggingface_hub import constants
 
@@ -195,12 +195,12 @@ def _no_telemetry() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _friendly_errors(name: str, revision: str | None) -> Iterator[None]:
+def friendly_errors(name: str, revision: str | None) -> Iterator[None]:
     from huggingface_hub import errors
 
     from huoyan.models.hub import TINY_HINT
 
-    where = _endpoint()
+    where = endpoint()
     try:
         yield
     except ModelError:
@@ -250,7 +250,7 @@ def _is_network_error(error: BaseException) -> bool:
     return type(error).__module__.split(".")[0] in _HTTP_LIBRARIES
 
 
-def _endpoint() -> str:
+def endpoint() -> str:
     from huggingface_hub import constants
 
     return str(constants.ENDPOINT).rstrip("/")

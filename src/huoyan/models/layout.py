@@ -16,6 +16,8 @@ _STACKED = (
     (re.compile(r"^(llm\..*mlp\.)gate_up_proj\.(weight|bias)$"), ("gate_proj", "up_proj")),
 )
 
+_STACK_NAMES = {("q_proj", "k_proj", "v_proj"): "qkv_proj", ("gate_proj", "up_proj"): "gate_up_proj"}
+
 IGNORED = re.compile(r"(\.rotary_emb\.inv_freq$)|(^resampler\.pos_embed$)|(^vpm\.embeddings\.position_ids$)")
 """Tensors some checkpoints carry that are computed, not learned."""
 
@@ -40,3 +42,13 @@ def _parts(name: str) -> tuple[str, ...]:
             prefix, suffix = match.groups()
             return tuple(f"{prefix}{piece}.{suffix}" for piece in pieces)
     return (name,)
+
+
+def stacked_name(published: str) -> str:
+    """The parameter of ours that a published tensor is part of."""
+    for pattern, pieces in _STACKED:
+        for piece in pieces:
+            ours = published.replace(f".{piece}.", f".{_STACK_NAMES[pieces]}.")
+            if ours != published and pattern.match(ours):
+                return ours
+    return published

@@ -41,13 +41,14 @@ class GridPositions:
     def __call__(self, grids: Sequence[Grid], device: torch.device, dtype: torch.dtype) -> Tensor:
         """[sum(rows * columns), width]."""
         axis = self.axis(max(max(grid) for grid in grids), device).to(dtype)
-        parts: dict[Grid, Tensor] = {}
+        out = torch.empty(sum(r * c for r, c in grids), self.width, dtype=dtype, device=device)
+        at = 0
         for rows, columns in grids:
-            if (rows, columns) not in parts:
-                of_column = axis[:columns].expand(rows, -1, -1)
-                of_row = axis[:rows].unsqueeze(1).expand(-1, columns, -1)
-                parts[rows, columns] = torch.cat((of_column, of_row), dim=-1).flatten(0, 1)
-        return torch.cat([parts[grid] for grid in grids])
+            slice_of = out[at : at + rows * columns].view(rows, columns, self.width)
+            slice_of[..., : self.width // 2] = axis[:columns]
+            slice_of[..., self.width // 2 :] = axis[:rows].unsqueeze(1)
+            at += rows * columns
+        return out
 
 
 class CrossAttention(nn.Module):
@@ -60,24 +61,21 @@ class CrossAttention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
         self.out_proj = Linear(width, (width,), bias=True)
 
+    def project(self, which: int, x: Tensor) -> Tensor:
+        """Queries (0), keys (1) or values (2) of x [rows, width]: [rows, heads, head_dim]."""
+        weight, bias = self.in_proj_weight.chunk(3)[which], self.in_proj_bias.chunk(3)[which]
+        heads: Tensor = nn.functional.linear(x, weight, bias).unflatten(-1, (self.heads, -1))
+        return heads
+
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, q_lengths: Sequence[int], k_lengths: Sequence[int]
     ) -> Tensor:
-        """q [queries, width], the same for every slice; k, v [sum(k_lengths), width].
+        """Of projected q [queries, heads, head_dim], the same for every slice, and k, v [sum(k_lengths), …].
 
         Returns [slices * queries, width].
         """
-        linear = nn.functional.linear
-        (w_q, w_k, w_v), (b_q, b_k, b_v) = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
         slices = len(k_lengths)
-        heads = (self.heads, -1)
-        out = packed_attention(
-            linear(q, w_q, b_q).unflatten(-1, heads).repeat(slices, 1, 1),
-            linear(k, w_k, b_k).unflatten(-1, heads),
-            linear(v, w_v, b_v).unflatten(-1, heads),
-            q_lengths,
-            k_lengths,
-        )
+        out = packed_attention(q.repeat(slices, 1, 1), k, v, q_lengths, k_lengths)
         projected: Tensor = self.out_proj(out.flatten(1))
         return projected
 
@@ -105,8 +103,10 @@ class Resampler(nn.Module):
     def forward(self, x: Tensor, grids: Sequence[Grid]) -> Tensor:
         grids = PackedGrids.of(grids)
         values = self.ln_kv(self.kv_proj(x))
-        keys = values + self.positions(grids, x.device, values.dtype)
-        query = self.ln_q(self.query)
-        out = self.attn(query, keys, values, grids.query_lengths(query.shape[0]), grids.lengths)
+        # Each [P, width] is given up as soon as it is projected: here the encoder takes the most memory.
+        keys = self.attn.project(1, self.positions(grids, x.device, values.dtype).add_(values))
+        values = self.attn.project(2, values)
+        query = self.attn.project(0, self.ln_q(self.query))
+        out = self.attn(query, keys, values, grids.query_lengths(len(query)), grids.lengths)
         projected: Tensor = self.ln_post(out) @ self.proj
         return projected.view(len(grids), -1, projected.shape[-1])

@@ -17,7 +17,7 @@ DTYPE_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
     "U64": 8, "U32": 4, "U16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
 }  # fmt: skip
-_MAX_HEADER = 100_000_000
+MAX_HEADER = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def read_header(path: Path) -> list[TensorInfo]:
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, _MAX_HEADER):
+            if size < 8 or length > min(size - 8, MAX_HEADER):
                 raise ModelError(
                     f"{path} is incomplete or not a safetensors file ({size} bytes): download it again"
                 )

@@ -43,7 +43,7 @@ def complete_quantization_config(fields: dict[str, Any], model: str, revision: s
 
 
 def plain_modules(shapes: Mapping[str, Sequence[int]]) -> list[str]:
-    """The matrices that are not int4, by the shortest names that hold no int4 one: `vpm` for a whole vision tower.
+    """The matrices that are not int4, by the shortest names that no int4 one contains: `vpm` for a vision tower.
 
     Args:
         shapes: of all tensors, by name.
@@ -95,6 +95,7 @@ def _shortest(module: str, int4: set[str]) -> str:
     parts = module.split(".")
     for end in range(1, len(parts)):
         prefix = ".".join(parts[:end])
-        if not any(name.startswith(f"{prefix}.") for name in int4):
+        # vLLM's AWQ looks anywhere in a name: `layers.1` would also mean `layers.11`.
+        if not any(prefix in name for name in int4):
             return prefix
     return module

@@ -6,8 +6,9 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from huoyan.engine.config import CPU_KV_VARIABLE, GIB, MIB, total_memory
+from huoyan.engine.sizing import CPU_KV_VARIABLE, total_memory
 from huoyan.errors import InputError, UnsupportedError
+from huoyan.planning.sizes import GIB, MIB
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -50,6 +51,11 @@ def engine_arguments(
         InputError, UnsupportedError: an option that vLLM, or the one that is installed, cannot follow.
     """
     _check_device(options.device, device)
+    if options.gpu_memory is not None:
+        raise UnsupportedError(
+            "gpu_memory is the native engine's: with engine='vllm' give gpu_memory_utilization, a fraction of the "
+            f"card, or on a CPU ${CPU_KV_VARIABLE}"
+        )
     on_cpu = device == "cpu"
     dtype = options.dtype
     if dtype == "auto" and on_cpu and model.quantization is None:

@@ -1,0 +1,90 @@
+"""`huoyan bench compare`: two checkpoints side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from huoyan.cli.bench_options import JsonFileOption, LoadFormatOption, MaxNumSeqsOption, SeedOption
+from huoyan.cli.options import (
+    DeviceOption,
+    DtypeOption,
+    GpuMemoryOption,
+    HubOption,
+    MaxModelLenOption,
+    RevisionOption,
+)
+
+
+def compare(
+    model_a: Annotated[str, typer.Argument(metavar="MODEL_A", help="A folder, a hub name, tiny, …")],
+    model_b: Annotated[str, typer.Argument(metavar="MODEL_B", help="Another, such as tiny-int4.")],
+    picture: Annotated[
+        Path | None,
+        typer.Option("--picture", metavar="FILE", help="What is asked about; default an airplane."),
+    ] = None,
+    beams: Annotated[int, typer.Option("--beams", min=2, help="Width of the beam search.")] = 3,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Of an answer at most.")] = 1024,
+    batch_length: Annotated[
+        int, typer.Option("--batch-length", min=8, help="Tokens of each sequence of the largest batch.")
+    ] = 2048,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table in Markdown.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Draw it, such as compare.png.")
+    ] = None,
+    load_format: LoadFormatOption = "auto",
+    hub: HubOption = "huggingface",
+    revision: RevisionOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    max_model_len: MaxModelLenOption = None,
+    max_num_seqs: MaxNumSeqsOption = 256,
+    gpu_memory: GpuMemoryOption = None,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Times the question is asked.")] = 3,
+    seed: SeedOption = 0,
+    json_file: JsonFileOption = None,
+) -> None:
+    """What one checkpoint gains over another: the recipe's table, each cell measured.
+
+    huoyan bench compare openbmb/MiniCPM-V-2_6 minicpm-v-2_6-int4/ --gpu-memory 24GiB
+
+    Speed and answer on one picture, with beams and greedy; the model's memory; the
+    longest context, by generating at its end; the largest batch, by running it.
+    """
+    import torch
+
+    import huoyan
+    from huoyan.bench.compare import Question, markdown_table, text_table
+    from huoyan.bench.compare import compare as run
+    from huoyan.cli.console import dim
+    from huoyan.media.picture import Picture
+
+    if plot is not None:
+        from huoyan.planning.plot import need_matplotlib
+
+        need_matplotlib()
+    file = picture or Path(huoyan.__file__).parent / "tiny" / "media" / "airplane.jpg"
+    question = Question(Picture.open(file), beams, max_tokens, batch_length, repeats, seed)
+    options = {
+        "load_format": load_format, "hub": hub, "revision": revision, "device": device, "dtype": dtype,
+        "max_model_len": max_model_len, "max_num_seqs": max_num_seqs, "gpu_memory": gpu_memory, "seed": seed,
+    }  # fmt: skip
+    found = list(run((model_a, model_b), question, dim, **options))
+    print(markdown_table(found, question) if markdown else text_table(found, question))
+    on_cuda = found[0].peak_bytes is not None
+    where = torch.cuda.get_device_name() if on_cuda else f"a CPU, {torch.get_num_threads()} threads"
+    cap = f"inside {gpu_memory}" if gpu_memory else "without a cap"
+    print(f"\nOn {where}, {cap}; memory of the model: {found[0].memory_source}.")
+    if json_file is not None:
+        from huoyan.bench.text_files import write_json
+
+        settings = {**options, "picture": str(file), "beams": beams, "max_tokens": max_tokens,
+                    "batch_length": batch_length, "repeats": repeats}  # fmt: skip
+        columns = [column.to_dict() for column in found]
+        write_json(json_file, {"device": where, "settings": settings, "models": columns})
+    if plot is not None:
+        from huoyan.bench.plot import draw
+
+        draw(found, plot)

@@ -1,0 +1,182 @@
+"""A running engine's memory in parts, and what is left for the KV cache: `huoyan plan` shows it, the engine obeys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from typing import TYPE_CHECKING
+
+from huoyan.engine.kv_format import kv_bytes_per_token
+from huoyan.planning.allocator import reserved_bytes
+from huoyan.planning.graphs import graph_sizes
+from huoyan.planning.pieces import ENCODER_GRAPH_PATCHES, ENCODER_GRAPHS, PICTURE_SLICES
+from huoyan.planning.sizes import MIB
+from huoyan.planning.weights import INT4_GROUP, Weights, weights
+from huoyan.planning.workspace import Limits, Way, Workspace, encoder, with_encoder_passes, workspace
+
+if TYPE_CHECKING:
+    from huoyan.engine.config import EngineConfig
+    from huoyan.models.config import ModelConfig
+    from huoyan.planning.shapes import Shape
+
+CUDA_CONTEXT = 448 * MIB
+"""The driver's context with the kernels that get loaded; outside of torch's books. An estimate for torch of CUDA 12
+and 13: a GPU of many processors takes some more, a small one less."""
+CUBLAS = 32 * MIB
+"""cuBLAS's workspace on Hopper, the largest."""
+GRAPH_DRIVER = 4 * MIB
+"""What the driver keeps of one captured decode step, an estimate."""
+FRAGMENTS = 16
+"""One part in this many of the workspace is lost between tensors of different sizes."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of each part but the KV cache, which gets the rest."""
+
+    weights: Weights
+    workspace: Workspace
+    pictures: int
+    """Embeddings of recent pictures."""
+    graphs: int
+    slack: int
+    """What torch's allocator reserves beyond what is used."""
+    context: int
+    """The CUDA context."""
+    kv_token: int
+    limits: Limits
+    block_size: int
+
+    @property
+    def beside_weights(self) -> int:
+        """All that comes on top of the weights and the KV cache inside torch's allocator, and graphs."""
+        return self.workspace.total + self.pictures + self.graphs + self.slack
+
+    @property
+    def fixed(self) -> int:
+        return self.weights.total + self.beside_weights + self.context
+
+    @property
+    def block(self) -> int:
+        return self.kv_token * self.block_size
+
+    def blocks_in(self, budget: int) -> int:
+        """Blocks of the KV cache when everything together takes `budget` bytes at most."""
+        return max(budget - self.fixed, 0) // self.block
+
+
+def memory(
+    config: ModelConfig,
+    engine: EngineConfig,
+    way: Way,
+    shapes: Mapping[str, Shape],
+    *,
+    int4: bool | None = None,
+    kv_dtype: str | None = None,
+) -> Memory:
+    """The parts of an engine of these options.
+
+    `shapes` and `int4` are as for `weights`; `kv_dtype` takes the place of the options' own.
+    """
+    kv_dtype = kv_dtype or engine.kv_cache_dtype
+    found = weights(config, shapes, way.itemsize, int4=int4)
+    way = replace(way_of(way, found), kv8=kv_dtype != "auto")
+    limits = limits_of(config, engine, way)
+    space = workspace(config, way, limits)
+    pictures = picture_bytes(config, engine, way)
+    rounding = 0
+    if way.cuda:
+        rounding = reserved_bytes(_resident(config, shapes, way)) - sum(_resident(config, shapes, way))
+    return Memory(
+        weights=found,
+        workspace=space,
+        pictures=pictures,
+        graphs=graph_bytes(config, engine, way, limits),
+        slack=slack_bytes(way, space) + rounding,
+        context=CUDA_CONTEXT if way.cuda else 0,
+        kv_token=kv_bytes_per_token(config.text, way.itemsize, kv_dtype),
+        limits=limits,
+        block_size=engine.block_size,
+    )
+
+
+def way_of(way: Way, found: Weights) -> Way:
+    """`way` with the packing that these weights have where nothing says so."""
+    if not found.int4:
+        return replace(way, int4=None)
+    return way if way.int4 else replace(way, int4="words" if way.kernels else "bytes")
+
+
+def limits_of(config: ModelConfig, engine: EngineConfig, way: Way) -> Limits:
+    """What a step holds at most, encoder passes as large as the workspace of the other moments."""
+    longest = config.text.max_position_embeddings
+    limits = Limits(
+        tokens=engine.max_num_batched_tokens,
+        seqs=engine.max_num_seqs,
+        context=min(engine.max_model_len or longest, longest),
+        block_size=engine.block_size,
+        encoder_slices=engine.max_encoder_slices,
+        encoder_patches=0,
+    )
+    return with_encoder_passes(config, way, limits, engine.max_slice_patches)
+
+
+def picture_bytes(config: ModelConfig, engine: EngineConfig, way: Way) -> int:
+    """The picture cache, and what one picture may have that is larger than all of it."""
+    alone = PICTURE_SLICES * slice_bytes(config, way.itemsize)
+    capacity = engine.picture_cache_bytes
+    return capacity if capacity >= alone else capacity + alone
+
+
+def slice_bytes(config: ModelConfig, itemsize: int) -> int:
+    """The embeddings of one slice."""
+    return config.query_num * config.text.hidden_size * itemsize
+
+
+def graph_bytes(config: ModelConfig, engine: EngineConfig, way: Way, limits: Limits) -> int:
+    """CUDA graphs of decode steps: their logits, the memory they share, and the driver's own."""
+    if not way.kernels or engine.enforce_eager:
+        return 0
+    sizes = graph_sizes(limits.seqs)
+    rows = sizes[-1]
+    small = workspace(
+        config, way, replace(limits, tokens=rows, seqs=rows, encoder_patches=0, encoder_slices=0)
+    )
+    logits = 4 * rows * config.text.vocab_size
+    decodes = logits + max(small.decoder, small.logits) + GRAPH_DRIVER * len(sizes)
+    # Graphs of the encoder share their memory, save for the patches that each is given.
+    patches = min(ENCODER_GRAPH_PATCHES, limits.encoder_patches)
+    pixels = config.vision.num_channels * config.vision.patch_size**2 * way.itemsize
+    slices = min(limits.encoder_slices, max(patches // 1024, 1))
+    each = patches * pixels + slices * slice_bytes(config, way.itemsize) + GRAPH_DRIVER
+    return decodes + encoder(config, way, patches, slices) + ENCODER_GRAPHS * each
+
+
+def slack_bytes(way: Way, space: Workspace) -> int:
+    """Rounding of the allocator where tensors come and go, and cuBLAS's workspace; nothing on a CPU."""
+    return CUBLAS + space.total // FRAGMENTS if way.cuda else 0
+
+
+def _resident(config: ModelConfig, shapes: Mapping[str, Shape], way: Way) -> list[int]:
+    """Bytes of each tensor that stays, stacked as the model has them, in the order they are loaded."""
+    from huoyan.models.layout import stacked_name
+
+    dense: dict[str, int] = {}
+    packed: dict[str, int] = {}
+    for name, shape in shapes.items():
+        plain, _, suffix = name.rpartition(".")
+        is_int4 = suffix in ("qweight", "weight_packed")
+        if not is_int4 and suffix not in ("weight", "bias") and not name.startswith("resampler."):
+            continue
+        matrix = plain if is_int4 else name
+        values = prod(shape) * (8 if is_int4 else 1)
+        target = stacked_name(matrix if not is_int4 else f"{plain}.weight")
+        if way.int4 and (is_int4 or (name.startswith("llm.model.layers.") and len(shape) == 2)):
+            packed[target] = packed.get(target, 0) + values
+        else:
+            dense[target] = dense.get(target, 0) + values * way.itemsize
+    sizes = list(dense.values())
+    for values in packed.values():
+        sizes += [values // 2, values // INT4_GROUP * way.itemsize, values // INT4_GROUP * way.itemsize]
+    return sizes

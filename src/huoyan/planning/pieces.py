@@ -1,0 +1,30 @@
+"""How much is done at once where a step works in pieces: the engine goes by these, and the plan counts with them."""
+
+GATHER_TOKENS = 32768
+"""Tokens whose keys and values are gathered for attention at once, save that one sequence's always are."""
+MASK_VALUES = 1 << 24
+"""Values of an attention mask."""
+DENSE_VALUES = 1 << 24
+"""Values of an int4 matrix that are dequantized."""
+PROMPT_LOGITS = 1 << 24
+"""Logits of a prompt's own tokens (64 MiB in float32)."""
+CHOICE_LOGITS = 1 << 22
+"""Logits that tokens are chosen from: filters and grammars take some thirty bytes for each."""
+SORTED_LOGITS = 1 << 21
+"""Logits that are sorted: some seventy bytes for each."""
+NOISE_LOGITS = 1 << 17
+"""Logits that noise is made for: what stays in a core's cache."""
+NOISE_LOGITS_CUDA = 1 << 21
+"""On a GPU, where each piece costs its launches."""
+COPIED_BLOCKS = 16
+"""Blocks of the KV cache that are copied, by way of as much memory."""
+PICTURE_SLICES = 64
+"""Slices that one picture may have even where the picture cache holds fewer."""
+BESIDE_PATCHES = 11 * 1024
+"""Patches that are encoded beside decodes: a picture of ten slices, in memory that the decodes do not share."""
+BESIDE_PIXELS = 64 << 20
+"""Bytes of originals that are uploaded at once (`huoyan.media.originals.LARGEST`)."""
+ENCODER_GRAPHS = 16
+"""Sequences of slice grids that have a CUDA graph."""
+ENCODER_GRAPH_PATCHES = 4 * 1100
+"""Of a batch that is captured: some four slices of the published size."""

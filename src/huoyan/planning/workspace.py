@@ -1,0 +1,283 @@
+"""The most that one step of the engine takes beside weights and KV cache, part by part of the code that runs.
+
+Each function adds up the tensors that live at one moment; its comments name them. `T` tokens, `P` patches, `H` the
+decoder's hidden size, `I` its MLP's width, `A` the width of all query heads, `K` of all key heads, `V` the
+vocabulary, `C` the encoder's hidden size, `M` its MLP's width. tests/plan holds these sums against what torch's
+allocator counts in real runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from huoyan.planning.pieces import (
+    BESIDE_PATCHES,
+    BESIDE_PIXELS,
+    CHOICE_LOGITS,
+    DENSE_VALUES,
+    GATHER_TOKENS,
+    MASK_VALUES,
+    NOISE_LOGITS,
+    NOISE_LOGITS_CUDA,
+    PROMPT_LOGITS,
+    SORTED_LOGITS,
+)
+from huoyan.planning.sizes import MIB
+
+if TYPE_CHECKING:
+    from huoyan.models.config import ModelConfig
+
+CHOICE_BYTES = 24
+"""A logit that is chosen from: copies for several kinds of requests, bias, filters, grammars."""
+SORT_BYTES = 64
+"""A logit that is sorted: values, ids, sums in float64, and the sort's own memory."""
+NOISE_BYTES = 48
+"""A logit that noise is made for."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a model is computed on a device: what decides which temporaries there are."""
+
+    itemsize: int
+    """Bytes of an activation."""
+    cuda: bool
+    kernels: bool = False
+    """Our own attention kernels and CUDA graphs."""
+    grouped: bool = True
+    """torch's packed attention takes grouped heads."""
+    int4: str | None = None
+    """How int4 matrices are packed: "bytes", "words", "cpu"; None where there are none."""
+    kv8: bool = False
+    """The KV cache has 8 bits a number: what is read of it is written out in the model's dtype."""
+    threads: int = 1
+    """Of a CPU; its attention has a buffer for each."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a step holds at most."""
+
+    tokens: int
+    seqs: int
+    context: int
+    block_size: int
+    encoder_slices: int
+    encoder_patches: int
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Bytes of each moment of a step. They follow one another, so the largest counts, and what stays counts beside."""
+
+    kept: int
+    """Buffers that stay from step to step."""
+    encoder: int
+    decoder: int
+    logits: int
+    choice: int
+    prompt_logprobs: int
+
+    beside: int = 0
+    """The encoder on a stream of its own, which does not share what the others have freed."""
+
+    @property
+    def peak(self) -> int:
+        return self.beside + max(self.encoder, self.decoder, self.logits, self.choice, self.prompt_logprobs)
+
+    @property
+    def total(self) -> int:
+        return self.kept + self.peak
+
+
+def workspace(config: ModelConfig, way: Way, limits: Limits) -> Workspace:
+    """The peaks of every part of a step within `limits`."""
+    logits, choice = _logits(config, way, limits)
+    return Workspace(
+        kept=_kept(config, way, limits),
+        encoder=encoder(config, way, limits.encoder_patches, limits.encoder_slices),
+        decoder=_decoder(config, way, limits),
+        logits=logits,
+        choice=choice,
+        prompt_logprobs=_prompt_logprobs(config, way, limits),
+        beside=_beside(config, way, limits),
+    )
+
+
+def with_encoder_passes(config: ModelConfig, way: Way, limits: Limits, slice_patches: int) -> Limits:
+    """Limits whose encoder passes are as large as the rest of the step's workspace already is.
+
+    `slice_patches`: of the largest slice that may come, which is always encoded whole.
+    """
+    rest = workspace(config, way, replace(limits, encoder_patches=0, encoder_slices=0)).peak
+    # The embeddings of a pass's slices count with however few patches; what they leave is for more patches.
+    low, high = slice_patches, max(slice_patches, 1 << 24)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if encoder(config, way, middle, limits.encoder_slices) <= rest:
+            low = middle
+        else:
+            high = middle - 1
+    return replace(limits, encoder_patches=low)
+
+
+def encoder(config: ModelConfig, way: Way, patches: int, slices: int) -> int:
+    """Bytes while `patches` patches of `slices` slices are encoded together."""
+    vision, width = config.vision, config.text.hidden_size
+    e, C, M = way.itemsize, vision.hidden_size, vision.intermediate_size
+    pixels = vision.num_channels * vision.patch_size**2
+    # The patches in the model's dtype stay to the end; on CUDA so do the bytes they were made of.
+    held = pixels * (e + 1)
+    moments = [
+        pixels * 4,
+        # Embeddings of pixels and of positions, their sum, and which positions.
+        3 * C * e + 16,
+        # x, its norm, q k v, on CUDA a contiguous copy of each, elsewhere one of a run's answer; the answer; lse.
+        9 * C * e + 4 * vision.num_attention_heads,
+        # The layer's x, x after attention, its norm, the MLP's two widths; later its answer and the sum.
+        max(3 * C + 2 * M, 5 * C + M) * e,
+        # x; keys and values before or after their projection, one of them in both forms.
+        max(C + 3 * width, 2 * C + 2 * width) * e,
+    ]
+    queries = slices * config.query_num
+    # x, keys and values; queries, a run's answer, all answers; their projections, norm, and the embeddings before
+    # and after they are put in order.
+    answers = patches * (C + 2 * width) * e + queries * (width * e * 4 + 4 * config.resampler_heads)
+    tiles = _flash(way, max(vision.head_dim, 128))
+    return patches * held + max(patches * max(moments), answers) + tiles + MIB // 4
+
+
+def _beside(config: ModelConfig, way: Way, limits: Limits) -> int:
+    """A batch of pictures on its way beside decodes: originals, what they are resized by way of, the encoder."""
+    if not way.kernels or not limits.encoder_patches:
+        return 0
+    return 2 * BESIDE_PIXELS + encoder(
+        config, way, min(BESIDE_PATCHES, limits.encoder_patches), limits.encoder_slices
+    )
+
+
+def _kept(config: ModelConfig, way: Way, limits: Limits) -> int:
+    """Gathered keys and values of the plain attention (`engine.attention.Workspace`)."""
+    if way.kernels:
+        return 0
+    blocks = max(_blocks(limits), GATHER_TOKENS // limits.block_size)
+    values = blocks * limits.block_size * _widths(config)[1]
+    # Keys and values; of 8 bits also as they are stored, with scales.
+    return values * (2 * way.itemsize + (2 if way.kv8 else 0))
+
+
+def _decoder(config: ModelConfig, way: Way, limits: Limits) -> int:
+    text = config.text
+    e, T = way.itemsize, limits.tokens
+    H, I = text.hidden_size, text.intermediate_size
+    A, K = _widths(config)
+    # Embeddings, the layer's two inputs, the residual stream, its norm; cosines and sines.
+    base = T * (5 * H * e + text.head_dim * 4)
+    wide = 4 if way.cuda else 1
+    # What comes in: x and residual of before, their sum, its norm and, off CUDA, float32 in between.
+    norm = T * (2 * H * e + (0 if way.cuda else 3 * H * 4))
+    # In float32: a copy, two halves' products, their sums, all of it joined; then rounded.
+    rope = T * ((A + 2 * K) * e + (A + K) * (8 if e == 4 else 12))
+    if way.kernels:
+        attention = T * ((A + 2 * K) + A + 2 * A) * e + _packed(config, way, limits)
+    else:
+        # q k v, rotated, keys and values as they are written, the answers in parts and joined.
+        attention = T * ((A + 2 * K) + (A + K) + 2 * K + 2 * A) * e + _plain_attention(config, way, limits)
+        attention = max(attention, rope)
+    if way.kv8:
+        # Stored and read again, in float32 in between.
+        attention += T * 2 * K * 12
+    o_proj = T * ((A + 2 * K) + (A + K) + A + H) * e + _int4(way, T, H, A)
+    gate_up = T * 2 * I * e + _int4(way, T, 2 * I, H)
+    silu = T * (3 if way.cuda else 4) * I * e
+    down = T * (I + H) * e + _int4(way, T, H, I)
+    qkv = T * (A + 2 * K) * e + _int4(way, T, A + 2 * K, H)
+    return base + max(norm, qkv, attention, o_proj, gate_up, silu, down) + _index(limits) + wide * MIB // 4
+
+
+def _plain_attention(config: ModelConfig, way: Way, limits: Limits) -> int:
+    """Masks, and what torch's own attention makes, in `engine.attention.PagedAttention`."""
+    text, e = config.text, way.itemsize
+    # True or false, and again in the dtype that is added; on CUDA once more, aligned.
+    values = min(MASK_VALUES, limits.tokens * limits.context)
+    mask = values * (1 + (2 if way.cuda else 1) * e)
+    # Masks of decodes lie there for all layers; `zeros`, `beyond` and the filled one.
+    decode_masks = limits.seqs * limits.context * (e + 1)
+    lse = limits.tokens * text.num_attention_heads * 4
+    # A CPU may lay keys and values out anew for its matrix units.
+    packed = 0 if way.cuda or e == 4 else 2 * limits.context * _widths(config)[1] * e
+    return mask + decode_masks + lse + packed + _flash(way, text.head_dim)
+
+
+def _packed(config: ModelConfig, way: Way, limits: Limits) -> int:
+    """Keys and values of earlier tokens, gathered for packed prefill; partial sums of split decodes."""
+    text = config.text
+    A, K = _widths(config)
+    tokens = max(limits.context, GATHER_TOKENS)
+    keys = 2 * tokens * K * way.itemsize + (0 if way.grouped else 2 * tokens * A * way.itemsize)
+    parts = max(264 // text.num_key_value_heads, 1) * text.num_attention_heads * (text.head_dim + 2) * 4
+    return keys + tokens * 8 + limits.tokens * text.num_attention_heads * 4 + 2 * parts
+
+
+def _logits(config: ModelConfig, way: Way, limits: Limits) -> tuple[int, int]:
+    """(while they are computed, while tokens are chosen from them)."""
+    text, e = config.text, way.itemsize
+    hidden = limits.tokens * text.hidden_size * e
+    values = limits.seqs * text.vocab_size
+    made = values * (4 if e == 4 else 4 + e)
+    rows = limits.seqs * text.hidden_size * e
+
+    def at_once(most: int) -> int:
+        return min(values, max(most, text.vocab_size))
+
+    choosing = (
+        CHOICE_BYTES * at_once(CHOICE_LOGITS)
+        + max(
+            SORT_BYTES * at_once(SORTED_LOGITS),
+            NOISE_BYTES * at_once(NOISE_LOGITS_CUDA if way.cuda else NOISE_LOGITS),
+        )
+        + limits.seqs * 16384
+    )
+    return 2 * hidden + rows + made + _index(limits) + MIB // 4, hidden + 4 * values + choosing + MIB // 4
+
+
+def _prompt_logprobs(config: ModelConfig, way: Way, limits: Limits) -> int:
+    """Their logits a piece at a time, beside the hidden states and the step's own logits."""
+    text, e = config.text, way.itemsize
+    hidden = limits.tokens * text.hidden_size * e
+    piece = min(limits.tokens * text.vocab_size, max(PROMPT_LOGITS, text.vocab_size))
+    # Their log-probabilities, which are above the token's own, and those counted in int64; or the logits, twice.
+    return hidden + 4 * limits.seqs * text.vocab_size + piece * 14 + MIB // 4
+
+
+def _int4(way: Way, rows: int, out: int, width: int) -> int:
+    """A part of an int4 matrix in the model's dtype, and the part of the product that it gives."""
+    if way.int4 in (None, "cpu"):
+        return 0
+    part = min(out, max(DENSE_VALUES // width, 1))
+    e = way.itemsize
+    # From bytes: nibbles apart and together, less their zero points, times their scales.
+    each = e if way.int4 == "words" else max(2, 1 + 2 * e)
+    few_rows = (264 * 64 + out) * min(rows, 64) * 4 if way.int4 == "words" else 0
+    return part * (width * each + rows * e) + few_rows
+
+
+def _flash(way: Way, head_dim: int) -> int:
+    """Buffers of torch's attention on a CPU: a tile of 256 queries by 512 keys for each thread."""
+    return 0 if way.cuda else way.threads * (256 * (512 + head_dim + 2) * (4 + way.itemsize))
+
+
+def _index(limits: Limits) -> int:
+    """Ids, positions, slots, tables: int64, once as they come and once cut or reshaped."""
+    return 16 * (8 * limits.tokens + limits.seqs * (8 + 2 * _blocks(limits)))
+
+
+def _blocks(limits: Limits) -> int:
+    return -(-limits.context // limits.block_size)
+
+
+def _widths(config: ModelConfig) -> tuple[int, int]:
+    """(all query heads, all key heads)."""
+    text = config.text
+    return text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim

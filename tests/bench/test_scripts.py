@@ -1,0 +1,119 @@
+"""The parts of the scripts that compare with vLLM which need no vLLM: what they conclude from given numbers."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from tests.cli.conftest import REPOSITORY, environment
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "benchmarks" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up.
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+agreement = script("full_size_agreement")
+vs_vllm = script("vs_vllm")
+LIKELY = 20
+STEPS = 12
+
+
+def answers(seed: int, noise: float, ours: float) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """vLLM's, huoyan's and the reference's answers: noise on log-probabilities that are far from ties."""
+    rng = random.Random(seed)
+    theirs, own, exact = {}, {}, {}
+    for request in "abc":
+        reference = [{str(i): -1.0 * i for i in range(LIKELY)} for _ in range(STEPS)]
+
+        def noisy(scale: float, reference: Any = reference) -> list[dict[str, float]]:
+            return [{t: v + rng.uniform(-scale, scale) for t, v in step.items()} for step in reference]
+
+        ids = {"prompt_token_ids": [1, 2], "token_ids": [0] * STEPS}
+        theirs[request] = {**ids, "logprobs": noisy(noise)}
+        own[request] = {**ids, "token_ids": [0] * STEPS, "led": noisy(ours)}
+        exact[request] = {**ids, "led": reference}
+    return theirs, own, exact
+
+
+def test_noise_like_vllms_agrees_and_more_does_not(seed: int) -> None:
+    same = agreement.compare(*answers(seed, 0.05, 0.05), 1.5)
+    assert same["agrees"]
+    assert same["equal_answers"] == 3
+    # Of a uniform distribution: its width over the square root of twelve.
+    assert same["measures"]["vllm to float32"]["rms"] == pytest.approx(0.1 / 12**0.5, rel=0.3)
+    assert not agreement.compare(*answers(seed, 0.05, 0.15), 1.5)["agrees"]
+    assert agreement.compare(*answers(seed, 0.05, 0.01), 1.5)["agrees"]
+
+
+def test_answers_part_at_ties_only(seed: int) -> None:
+    theirs, own, exact = answers(seed, 0.01, 0.01)
+    own["b"]["token_ids"][4:] = [1] * (STEPS - 4)
+    found = agreement.compare(theirs, own, exact, 1.5)
+    assert not found["agrees"]
+    assert [(p["request"], p["step"], p["gap"]) for p in found["parted"]] == [("b", 4, 1.0)]
+    # The same step, with the two tokens as good as equal.
+    exact["b"]["led"][4]["1"] = exact["b"]["led"][4]["0"] - 0.001
+    own["b"]["led"][4]["1"] = theirs["b"]["logprobs"][4]["1"] = exact["b"]["led"][4]["1"]
+    assert agreement.compare(theirs, own, exact, 1.5)["agrees"]
+    own["b"]["token_ids"][4] = 99
+    assert not agreement.compare(theirs, own, exact, 1.5)["agrees"]
+
+
+def test_other_prompts_end_it(seed: int) -> None:
+    theirs, own, exact = answers(seed, 0.01, 0.01)
+    own["c"]["prompt_token_ids"] = [1, 3]
+    with pytest.raises(SystemExit, match="request c"):
+        agreement.compare(theirs, own, exact, 1.5)
+
+
+def test_a_likeliest_that_is_not_seen_is_no_agreement(seed: int) -> None:
+    theirs, own, exact = answers(seed, 0.01, 0.01)
+    for step in own["a"]["led"]:
+        del step["0"]
+    assert not agreement.compare(theirs, own, exact, 1.5)["agrees"]
+
+
+def test_ratios_are_above_one_where_huoyan_is_faster() -> None:
+    theirs = {"decode_1_tok_s": 100.0, "beam3_step_ms": 30.0, "kv_in_24_GiB_tokens": 10.0, "ready_s": 80.0}
+    ours = {"decode_1_tok_s": 150.0, "beam3_step_ms": 10.0, "kv_in_24_GiB_tokens": 5.0, "other_ms": 1.0}
+    found = vs_vllm.ratios({"bf16": {"vllm": {"values": theirs}, "huoyan": {"values": ours}}})
+    assert found == {"bf16": {"decode_1_tok_s": 1.5, "beam3_step_ms": 3.0, "kv_in_24_GiB_tokens": 0.5}}
+
+
+def test_one_engine_that_fails_does_not_take_the_other(tmp_path: Path) -> None:
+    command = [sys.executable, str(REPOSITORY / "benchmarks" / "vs_vllm.py"), "--vllm-python", "/bin/false"]
+    command += ["--shape", "small", "--formats", "bf16", "--rows", "decode,four,memory", "--toy"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path)],
+        env=environment(CUDA_VISIBLE_DEVICES=""),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "vllm: it ended with 1" in done.stdout
+    report = json.loads((tmp_path / "vs_vllm.json").read_text())
+    engines = report["formats"]["bf16"]
+    assert engines["vllm"]["values"] == {}
+    assert "the process" in engines["vllm"]["failed"]
+    assert engines["huoyan"]["failed"] == {}
+    assert {"decode_1_tok_s", "four_pictures_first_token_ms"} == engines["huoyan"]["values"].keys() - {
+        "text_24_first_token_ms"
+    }
+    assert engines["huoyan"]["prompts"]["text"] == 24
+    assert report["toy"]
