@@ -1,10 +1,12 @@
-"""What four bits cost `tiny`: accuracy of every task, perplexity and agreement, of 16 bits, AWQ and rounding.
+"""What four bits cost `tiny`: accuracy of every task, perplexity and agreement, by the way of quantizing.
 
-    python benchmarks/int4_quality.py [--examples 12] [--group-size 64] [--model tiny] [--also NAME=FOLDER] [--markdown]
+    python benchmarks/int4_quality.py [--examples 12] [--group-size 64] [--only WAYS] [--also NAME=FOLDER]
 
 Questions are held-out drawings of the training generator (see training/evaluate.py), asked through `LLM.chat`.
 Perplexity and agreement are over the reference answers of the same questions, by the model's own logits;
-"same answer" is the share of questions that get the 16-bit model's answer to the letter.
+"same answer" is the share of questions that get the 16-bit model's answer to the letter. In brackets stands the
+difference from 16 bits with its standard error: differences are taken question by question, and the questions about
+one drawing count as one draw.
 """
 
 from __future__ import annotations
@@ -33,6 +35,17 @@ class Asked:
     reference: str
     task: str
     language: str
+    drawing: int
+    """Which example of the generator it is about."""
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "AWQ": {},
+    "AWQ compensated": {"compensate": True},
+    "rounding": {"method": "rtn"},
+    "AWQ compensated, int8 head": {"compensate": True, "quantize_head": "int8"},
+}
+"""Columns, and how each is quantized."""
 
 
 @dataclass
@@ -63,7 +76,7 @@ def questions(examples: int, first: int) -> list[Asked]:
         for (question, answer), task, language in zip(
             example.turns, example.tasks, example.languages, strict=True
         ):
-            out.append(Asked(list(example.pictures), question, answer, task, language))
+            out.append(Asked(list(example.pictures), question, answer, task, language, seed))
     return out
 
 
@@ -123,7 +136,17 @@ def _logits(out: Measured, folder: str, asked: list[Asked]) -> None:
             out.best.append(logits.argmax(-1))
 
 
-def table(measured: list[Measured]) -> str:
+def paired(mine: list[float], first: list[float], drawings: list[int]) -> tuple[float, float]:
+    """Mean difference of two columns' scores and its standard error, in points."""
+    differences = [100 * (a - b) for a, b in zip(mine, first, strict=True)]
+    mean = sum(differences) / len(differences)
+    clusters: dict[int, float] = defaultdict(float)
+    for difference, drawing in zip(differences, drawings, strict=True):
+        clusters[drawing] += difference - mean
+    return mean, sum(total**2 for total in clusters.values()) ** 0.5 / len(differences)
+
+
+def table(measured: list[Measured], asked: list[Asked]) -> str:
     """Markdown, the first column of numbers being 16 bits."""
     import math
 
@@ -131,12 +154,24 @@ def table(measured: list[Measured]) -> str:
 
     first = measured[0]
     rows = [["", "n", *(m.name for m in measured)]]
+    drawings: dict[str, list[int]] = defaultdict(list)
+    for a in asked:
+        drawings[a.task].append(a.drawing)
+
+    def cells(tasks: list[str]) -> list[str]:
+        out = []
+        where = [d for task in tasks for d in drawings[task]]
+        for m in measured:
+            own, reference = ([s for task in tasks for s in which.scores[task]] for which in (m, first))
+            cell = f"{100 * sum(own) / len(own):.1f} %"
+            if m is not first:
+                cell += " ({:+.1f} ± {:.1f})".format(*paired(own, reference, where))
+            out.append(cell)
+        return out
+
     for task, values in first.scores.items():
-        rows.append(
-            [task, str(len(values)), *(f"{100 * sum(m.scores[task]) / len(values):.1f} %" for m in measured)]
-        )
-    everything = [[s for task in m.scores.values() for s in task] for m in measured]
-    rows.append(["all", str(len(everything[0])), *(f"{100 * sum(s) / len(s):.1f} %" for s in everything)])
+        rows.append([task, str(len(values)), *cells([task])])
+    rows.append(["all", str(len(asked)), *cells(list(first.scores))])
     rows.append(["perplexity", str(first.count), *(f"{math.exp(m.loss / m.count):.5f}" for m in measured)])
     mine = torch.cat(first.best)
     agree = [float((torch.cat(m.best) == mine).float().mean()) for m in measured]
@@ -156,6 +191,7 @@ def main() -> None:
     p.add_argument("--examples", type=int, default=12, help="drawings of each family")
     p.add_argument("--first", type=int, default=0, help="number of the first drawing")
     p.add_argument("--group-size", type=int, default=64)
+    p.add_argument("--only", help=f"some columns, separated by semicolons, of: {'; '.join(WAYS)}")
     p.add_argument("--items", type=int, default=64, help="calibration items")
     p.add_argument(
         "--also", action="append", default=[], metavar="NAME=FOLDER", help="a further int4 checkpoint"
@@ -169,13 +205,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         lines = write(Path(scratch) / "calibration", a.items)
         measured = [measure("16 bits", a.model, asked)]
-        for name, method in (("AWQ", "awq"), ("rounding", "rtn")):
-            folder = Path(scratch) / method
-            quantize(a.model, folder, method=method, group_size=a.group_size, calibration=lines, device="cpu")
+        for i, name in enumerate(a.only.split(";") if a.only else WAYS):
+            folder = Path(scratch) / str(i)
+            quantize(a.model, folder, group_size=a.group_size, calibration=lines, device="cpu", **WAYS[name])
             measured.append(measure(name, str(folder), asked))
         for name, _, path in (also.partition("=") for also in a.also):
             measured.append(measure(name, path, asked))
-    print(table(measured))
+    print(table(measured, asked))
     print(f"\ngroups of {a.group_size}; {len(asked)} questions; {time.monotonic() - begin:.0f} s")
 
 

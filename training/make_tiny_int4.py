@@ -27,7 +27,7 @@ library_name: huoyan
 
 # tiny-int4: the demonstration model in int4
 
-`tiny` with the matrices of its decoder in four bits (AWQ, groups of {group_size}), made by
+`tiny` with the matrices of its decoder in four bits (AWQ, compensated rounding, groups of {group_size}), made by
 `python training/make_tiny_int4.py`. It is a demonstration model: see the card of `tiny` for what it knows and
 `docs/quantization.md` for what four bits cost it.
 
@@ -45,7 +45,9 @@ def make(model: str, out: Path) -> None:
     with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
         made = Path(scratch) / "model"
         lines = write(Path(scratch) / "calibration", ITEMS)
-        report = quantize(model, made, calibration=lines, group_size=GROUP_SIZE, device="cpu")
+        report = quantize(
+            model, made, calibration=lines, group_size=GROUP_SIZE, compensate=True, device="cpu"
+        )
         assert report.perplexity_before is not None
         assert report.perplexity_after is not None
         assert report.agreement is not None

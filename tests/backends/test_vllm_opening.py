@@ -59,8 +59,8 @@ def test_every_option_of_vllm_alone_is_passed_or_refused() -> None:
         assert arguments({name: 3})[name] == 3
     with pytest.raises(UnsupportedError, match="engine='vllm'"):
         parse_options("m", {"attention_backend": "FLASHINFER"})
-    with pytest.raises(UnsupportedError, match="engine='vllm'"):
-        parse_options("m", {"kv_cache_dtype": "fp8"})
+    with pytest.raises(UnsupportedError, match="engine='vllm' has it"):
+        parse_options("m", {"hf_overrides": {"rope_theta": 1}})
     with pytest.raises(UnsupportedError, match=r"vLLM 9\.9 has no option 'optimization_level'"):
         check_known({"optimization_level": 2}, frozenset({"block_size"}), "9.9")
 

@@ -58,6 +58,11 @@ def test_parameters_reach_the_engine(huoyan: Command, checkpoint: Path, red: Pat
     assert sampled[0] != sampled[2]
     assert answer("--system", "be brief") != answer("--system", "be long, very long")
     assert answer("--top-k", 1) == answer()
+    assert answer("--speculative-ngram", 3) == answer()
+    assert answer("--kv-cache-dtype", "int8")
+    wrong = huoyan("ask", red, "what?", "-m", checkpoint, "--kv-cache-dtype", "int4")
+    assert "use auto, int8, fp8" in wrong.err
+    assert wrong.code == 2
 
 
 def test_beams_give_an_answer(huoyan: Command, checkpoint: Path, red: Path) -> None:

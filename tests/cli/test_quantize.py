@@ -49,6 +49,7 @@ def test_errors_are_one_line(huoyan: Command, checkpoint: Path, tmp_path: Path) 
         ((checkpoint, tmp_path / "x", "--bits", 8), 2, "bits 8"),
         ((checkpoint, tmp_path / "x", "--method", "gptq"), 2, "awq or rtn"),
         ((checkpoint, tmp_path / "x", "--modules", "head"), 2, "qkv, o, gate_up, down"),
+        ((checkpoint, tmp_path / "x", "--quantize-head", "fp8"), 2, "int8, or none"),
         ((checkpoint, tmp_path / "x", "--group-size", 48), 2, "32, 64, 128"),
         ((checkpoint, tmp_path / "x", "--calibration", tmp_path / "no"), 2, "does not exist"),
         ((checkpoint, tmp_path / "there", "--group-size", 32), 2, "exists already"),

@@ -105,14 +105,19 @@ class TopFirst:
         pass
 
     def choose(
-        self, logits: Tensor, rows: Mapping[Group, list[int]], before: InFlight | None = None
+        self,
+        logits: Tensor,
+        rows: Mapping[Group, list[int]],
+        before: InFlight | None = None,
+        drafts: Mapping[Group, tuple[int, ...]] | None = None,
     ) -> Choice:
         chosen: dict[Group, Chosen] = {}
         for group, own in rows.items():
             if group.width > 1 and not group.in_lockstep:
                 chosen[group] = [ChosenToken(t) for t in logits[own[0]].topk(group.width).indices.tolist()]
             else:
-                assert len(own) == len(group.sequences), "a group does not move together"
+                guesses = len((drafts or {}).get(group, ()))
+                assert len(own) == len(group.sequences) + guesses, "a group does not move together"
                 chosen[group] = [ChosenToken(int(logits[row].argmax())) for row in own]
         return Known(chosen)
 

@@ -116,14 +116,16 @@ class PlainAttention:
 
 
 @torch.inference_mode()
-def plain_logits(model: MiniCPMV, req: EngineRequest, answer: list[int]) -> Tensor:
+def plain_logits(
+    model: MiniCPMV, req: EngineRequest, answer: list[int], attention: PlainAttention | None = None
+) -> Tensor:
     """float32 [prompt + answer, vocab], everything computed at once."""
     ids = torch.tensor([*req.prompt.token_ids, *answer])
     x = model.embed(ids)
     for pic, slot in zip(req.pictures, req.prompt.slots, strict=True):
         for piece, offset in zip(pic.slices, slot.offsets, strict=True):
             x[offset : offset + slot.length] = model.encode_slices([piece])[0]
-    return model.logits(model.decoder(x, torch.arange(len(ids)), PlainAttention()))
+    return model.logits(model.decoder(x, torch.arange(len(ids)), attention or PlainAttention()))
 
 
 def plain_greedy(

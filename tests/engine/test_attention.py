@@ -11,7 +11,7 @@ import torch
 
 from huoyan.engine import attention
 from huoyan.engine.attention import PagedAttention, Workspace
-from huoyan.engine.batch import build_batch
+from huoyan.engine.batch import Batch, build_batch
 from huoyan.engine.kv_cache import KVCache
 from huoyan.engine.schedule import Chunk, Schedule
 
@@ -42,8 +42,8 @@ def test_agrees_with_dense_attention(seed: int, dtype: torch.dtype, monkeypatch:
         cache = KVCache(2, sum(tables) + 1, block_size, kv_heads, dim, dtype, torch.device("cpu"))
         blocks = list(range(1, sum(tables) + 1))
         rng.shuffle(blocks)
-        cache.keys.fill_(1e4)  # what a block held before must not matter
-        cache.values.fill_(1e4)
+        cache.keys.numbers.fill_(1e4)  # what a block held before must not matter
+        cache.values.numbers.fill_(1e4)
         layer = rng.randrange(2)
         schedule, dense = Schedule(), {}
         for n, count in zip(lengths, tables, strict=True):
@@ -74,7 +74,13 @@ def test_agrees_with_dense_attention(seed: int, dtype: torch.dtype, monkeypatch:
         )
         tolerance = 1e-5 if dtype is torch.float32 else 1e-12
         torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
-        assert [batch.chunks[i] for i in batch.order] == schedule.chunks
+        assert batch.sampling == schedule.chunks
+        assert [batch.chunks[_owner(batch, row)] for row in batch.sampled_rows.tolist()] == schedule.chunks
+
+
+def _owner(batch: Batch, row: int) -> int:
+    """The chunk whose last row it is."""
+    return (batch.cu_seqlens_q[1:] - 1).tolist().index(row)
 
 
 def test_batch_arrays(seed: int) -> None:

@@ -122,7 +122,7 @@ def test_a_token_that_cannot_be_chosen_ends_its_request_only(model: MiniCPMV) ->
     engine = Engine(model, EngineConfig(num_blocks=100))
 
     class Moody(TopFirst):
-        def choose(self, logits, rows, before=None):  # type: ignore[no-untyped-def]
+        def choose(self, logits, rows, before=None, drafts=None):  # type: ignore[no-untyped-def]
             chosen = super().choose(logits, rows, before).read()
             bad = InputError("no token is allowed here")
             return Known({g: bad if g.request_id == "bad" else c for g, c in chosen.items()})

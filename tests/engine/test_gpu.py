@@ -14,7 +14,10 @@ from huoyan.api.sampling_params import SamplingParams
 from huoyan.engine.config import EngineConfig
 from huoyan.engine.engine import Engine
 from huoyan.engine.picture_encoder import PictureEncoder
+from huoyan.engine.prompt_lookup import Speculator
 from huoyan.engine.request import EngineRequest
+from huoyan.engine.sequence import Sequence
+from huoyan.engine.speculation import NgramSpeculation
 from huoyan.media.originals import Originals
 from huoyan.media.picture import Picture
 from huoyan.media.prepare import prepare_picture
@@ -22,6 +25,7 @@ from huoyan.media.types import PreparedPicture, SliceRules
 from huoyan.models.minicpmv import MiniCPMV
 from tests.engine.harness import drive
 from tests.engine.support import VOCAB, greedy, picture, plain_logits, request, tiny_model, words
+from tests.engine.test_kv_cache import ThroughEightBits
 
 pytestmark = pytest.mark.gpu
 # Run by `make test-gpu`, which also sets HUOYAN_CUDA_KERNELS=1: the kernels are not the default yet.
@@ -150,3 +154,52 @@ def test_beams_and_samples_on_the_gpu(model: MiniCPMV, seed: int) -> None:
             own = rows[torch.arange(12), torch.tensor(answer.token_ids)]
             assert answer.cumulative_logprob == pytest.approx(float(own.sum()), abs=0.3)
             assert max(answer.token_ids) < VOCAB
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8", "fp8_e5m2"])
+@pytest.mark.parametrize("enforce_eager", [True, False])
+def test_eight_bits_on_the_gpu(seed: int, name: str, enforce_eager: bool) -> None:
+    """A number that float16 rounds to its neighbour costs about what 8 bits cost at all."""
+    rng = random.Random(seed)
+    model = tiny_model(31, head_dim=64)
+    requests = [request(f"r{i}", words(rng, rng.randint(1, 60)), greedy(12)) for i in range(8)]
+    engine = engine_on_gpu(model, torch.float16, kv_cache_dtype=name, enforce_eager=enforce_eager)
+    attention = ThroughEightBits(name, 64)
+    for request_id, output in drive(engine, requests, rng).items():
+        req = next(r for r in requests if r.request_id == request_id)
+        ids = output.outputs[0].token_ids
+        logits = plain_logits(model, req, ids, attention)[len(req.prompt.token_ids) - 1 : -1]
+        behind = logits.amax(-1) - logits[torch.arange(len(ids)), torch.tensor(ids)]
+        assert float(behind.max()) < {"int8": 0.3, "fp8": 1.0, "fp8_e5m2": 2.0}[name]
+
+
+@pytest.mark.parametrize("enforce_eager", [True, False])
+def test_guesses_on_the_gpu(model: MiniCPMV, seed: int, enforce_eager: bool) -> None:
+    rng = random.Random(seed)
+    requests = [request(f"r{i}", words(rng, rng.randint(1, 50)), greedy(24)) for i in range(5)]
+    answers = {
+        name: output.outputs[0].token_ids
+        for name, output in drive(engine_on_gpu(model, torch.float16), requests).items()
+    }
+    speculation = NgramSpeculation(3, 2, 1)
+    engine = engine_on_gpu(model, torch.float16, speculation=speculation, enforce_eager=enforce_eager)
+    engine._speculator = Known(speculation, answers)
+    for name, output in drive(engine, requests).items():
+        req = next(r for r in requests if r.request_id == name)
+        ids = output.outputs[0].token_ids
+        logits = plain_logits(model, req, ids)[len(req.prompt.token_ids) - 1 : -1]
+        behind = logits.amax(-1) - logits[torch.arange(len(ids)), torch.tensor(ids)]
+        assert float(behind.max()) < NOISE[torch.float16]
+    assert engine.stats().accepted_tokens
+
+
+class Known(Speculator):
+    """Guesses what was said before, which rounding may have changed since."""
+
+    def __init__(self, config: NgramSpeculation, answers: dict[str, list[int]]) -> None:
+        super().__init__(config)
+        self.answers = answers
+
+    def propose(self, seq: Sequence, most: int) -> list[int]:
+        said = len(seq.output_ids)
+        return self.answers[seq.group.request_id][said : said + min(most, 3)]

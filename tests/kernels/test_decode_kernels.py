@@ -8,10 +8,12 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from huoyan.engine.kv_format import kv_format
 from huoyan.kernels.add_rms_norm import add_rms_norm, add_rms_norm_reference
 from huoyan.kernels.paged_decode import paged_decode, paged_decode_reference, parts_for
 from huoyan.kernels.rope_cache import rope_cache, rope_cache_reference
 from huoyan.kernels.silu_mul import silu_mul, silu_mul_reference
+from huoyan.layers.kv_numbers import STORED_AS, dequantize, quantize
 from huoyan.layers.rope import RotaryTable
 
 
@@ -28,6 +30,16 @@ def random_cache(
     return [torch.randn(blocks, size, kv_heads, dim, generator=g).half().to(device) for _ in range(2)]
 
 
+EIGHT_BITS = ["int8", "fp8_e4m3", "fp8_e5m2"]
+
+
+def eight_bits(name: str, cache: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Numbers and scales of keys and values."""
+    dim = cache[0].shape[-1]
+    pairs = [quantize(x, STORED_AS[name], kv_format(name, dim).group) for x in cache]
+    return [numbers for numbers, _ in pairs], [scales for _, scales in pairs]
+
+
 @pytest.mark.parametrize("heads, kv_heads, dim", [(28, 4, 128), (4, 2, 64), (6, 6, 72), (8, 1, 32)])
 @pytest.mark.parametrize("parts", [1, 4, None])
 def test_paged_decode(
@@ -41,6 +53,20 @@ def test_paged_decode(
     lengths = lengths.to(device)
     got = paged_decode(q, keys, values, tables, lengths, parts=parts)
     near(got, paged_decode_reference(q, keys, values, tables, lengths), 3e-3)
+
+
+@pytest.mark.parametrize("name", EIGHT_BITS)
+@pytest.mark.parametrize("heads, kv_heads, dim, parts", [(14, 2, 128, 2), (4, 2, 64, 1), (3, 3, 72, None)])
+def test_paged_decode_of_eight_bits(
+    seed: int, device: torch.device, name: str, heads: int, kv_heads: int, dim: int, parts: int | None
+) -> None:
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.tensor([1, 17, 150, 64], dtype=torch.int32)
+    (keys, values), scales = eight_bits(name, random_cache(seed, 32, 16, kv_heads, dim, device))
+    tables = torch.stack([torch.randperm(32, generator=g)[:10] for _ in lengths]).int().to(device)
+    q = torch.randn(len(lengths), heads, dim, generator=g).half().to(device)
+    given = (q, keys, values, tables, lengths.to(device), *scales)
+    near(paged_decode(*given, parts=parts), paged_decode_reference(*given), 3e-3)
 
 
 def test_queries_may_stand_in_a_wider_row(seed: int, device: torch.device) -> None:
@@ -95,6 +121,38 @@ def test_rope_cache(seed: int, device: torch.device, heads: int, kv_heads: int, 
     near(got, expected, 1e-3)
     near(keys, expected_keys, 1e-3)
     assert torch.equal(values, expected_values)
+
+
+@pytest.mark.parametrize("name", EIGHT_BITS)
+@pytest.mark.parametrize("heads, kv_heads, dim", [(14, 2, 128), (4, 2, 64), (3, 1, 24)])
+def test_rope_cache_writes_eight_bits(
+    seed: int, device: torch.device, name: str, heads: int, kv_heads: int, dim: int
+) -> None:
+    g = torch.Generator().manual_seed(seed)
+    qkv = torch.randn(7, (heads + 2 * kv_heads) * dim, generator=g)
+    qkv[3, -dim:] = 0  # a group of zeros has a scale too
+    qkv = qkv.half().to(device)
+    positions = torch.randint(0, 500, (7,), generator=g).to(device)
+    slots = torch.randperm(6 * 16, generator=g)[:7].to(device)
+    table = RotaryTable(dim, 1e6, 512).table(device)
+    (keys, values), scales = eight_bits(name, random_cache(seed, 6, 16, kv_heads, dim, device))
+    expected = [x.clone() for x in (keys, values, *scales)]
+    rotated = rope_cache_reference(qkv.clone(), positions, table, slots, *expected)
+    near(rope_cache(qkv, positions, table, slots, keys, values, *scales), rotated, 1e-3)
+    for numbers, own, expected_numbers, expected_scales in zip(
+        (keys, values), scales, expected[:2], expected[2:], strict=True
+    ):
+        near(own, expected_scales, 1e-3)
+        read = dequantize(numbers, own, torch.float32)
+        should = dequantize(expected_numbers, expected_scales, torch.float32)
+        if device.type == "cpu" and name != "int8":
+            # Triton's interpreter loses the carry of a mantissa that rounds up to a power of two.
+            carried = expected_numbers.float().frexp().mantissa.abs() == 0.5
+            read, should = read.masked_fill(carried, 0), should.masked_fill(carried, 0)
+        # A number on the edge between two may fall to either side.
+        step = {"int8": 1 / 127, "fp8_e4m3": 1 / 8, "fp8_e5m2": 1 / 4}[name]
+        assert float((read - should).abs().max()) <= 1.01 * step * float(should.abs().max())
+        near(read, should, step / 20)
 
 
 def test_a_token_may_stay_out_of_the_cache(seed: int, device: torch.device) -> None:

@@ -275,10 +275,16 @@ def test_bad_rules_are_named_in_one_line(tmp_path, changes, words) -> None:  # t
 
 
 def test_missing_and_broken_rules(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(ModelError, match="is missing"):
+    with pytest.raises(ModelError, match=r"has no preprocessor_config\.json.*not a complete.*download"):
         read_slice_rules(tmp_path)
-    for content in (b"{", b"[1]", b"\xff\xfe\x00"):
+    broken = {
+        b"{": "cannot be read as JSON",
+        b"[1]": "does not hold a JSON object",
+        b"\xff\xfe\x00": "cannot",
+    }
+    for content, words in broken.items():
         (tmp_path / "preprocessor_config.json").write_bytes(content)
-        with pytest.raises(ModelError, match=r"preprocessor_config\.json") as caught:
+        with pytest.raises(ModelError, match=rf"preprocessor_config\.json {words}") as caught:
             read_slice_rules(tmp_path)
         assert "\n" not in str(caught.value)
+        assert "download it again" in str(caught.value)

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from huoyan.layers.int4 import Int4Linear
+from huoyan.layers.int8 import Int8Linear, round_to_int8
 from huoyan.models import costs
 from huoyan.models.config import ModelConfig, parse_model_config
 from huoyan.models.costs import Cost, Speed, WeightFormat
@@ -140,6 +141,13 @@ def test_int4_is_what_the_layers_hold(seed: int, group_size: int) -> None:
     matrices = config.text.num_hidden_layers * costs.layer_values(config.text)
     assert none == costs.decoder_bytes(config.text, WeightFormat(2))
     assert held == whole - (none - 2 * matrices)
+
+
+def test_an_int8_head_is_what_the_layer_holds(seed: int) -> None:
+    config = random_config(seed)
+    model = build_model(config, seed=seed, dtype=torch.bfloat16)
+    head = Int8Linear(round_to_int8(model.llm.lm_head.weight))
+    assert costs.head_bytes(config.text, WeightFormat(2, int8_head=True)) == nbytes(head)
 
 
 def test_the_published_sizes_by_hand() -> None:

@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from huoyan.errors import InputError, ModelError
+from huoyan.layers.int4 import Int4Linear
+from huoyan.layers.int8 import Int8Linear
+from huoyan.models import weights
 from huoyan.models.checkpoint import INDEX, open_checkpoint
 from huoyan.models.weights import load_model, published_state, write_shards
 from tests.models.small import CONFIG, small_model, write_checkpoint
+from tests.models.test_forward import causal
 
 
 @pytest.fixture(scope="module")
@@ -185,3 +190,25 @@ def test_dummy_weights(tmp_path: Path) -> None:
     for (name, a), b in zip(model.named_parameters(), again.parameters(), strict=True):
         assert torch.isfinite(a).all(), name
         assert torch.equal(a, b), name
+
+
+def test_dummy_int4_is_never_dense(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = {"quant_method": "awq", "group_size": 64, "huoyan_vocabulary": "int8"}
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "quantization_config": said}))
+    made: list[str] = []
+    original = weights.random_parameter
+
+    def remember(name: str, *rest: Any) -> torch.Tensor:
+        made.append(name)
+        return original(name, *rest)
+
+    monkeypatch.setattr(weights, "random_parameter", remember)
+    model = load_model(open_checkpoint(tmp_path, need_weights=False), load_format="dummy", seed=seed)
+    assert "llm.model.layers.0.self_attn.qkv_proj.bias" in made
+    assert not [name for name in made if name.startswith("llm.") and name.endswith("_proj.weight")]
+    assert not {"llm.lm_head.weight", "llm.model.embed_tokens.weight"} & set(made)
+    assert sum(isinstance(m, Int4Linear) for m in model.modules()) == 4 * 2
+    assert isinstance(model.llm.lm_head, Int8Linear)
+    assert not any(t.is_meta for t in [*model.parameters(), *model.buffers()])
+    out = model.logits(model.decoder(model.embed(torch.arange(9)), torch.arange(9), causal))
+    assert 0.3 < float(out.std()) < 10

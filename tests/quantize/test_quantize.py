@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 import huoyan
+from huoyan.cli.quantize import summary
 from huoyan.errors import HuoyanError, InputError, MediaError, ModelError
 from huoyan.layers.int4 import Int4Linear
+from huoyan.layers.int8 import Int8Embedding, Int8Linear
 from huoyan.layers.rope import RotaryTable
 from huoyan.media.picture import Picture
 from huoyan.models.checkpoint import open_checkpoint
@@ -23,7 +25,8 @@ from huoyan.models.weights import load_model
 from huoyan.quantize import run as run_module
 from huoyan.quantize.awq import SHRINKS, LayerInputs, best_shrink
 from huoyan.quantize.calibration import CalibrationItem, read_calibration
-from huoyan.quantize.rounding import fake_quantize
+from huoyan.quantize.compensate import gram, round_compensated
+from huoyan.quantize.rounding import fake_quantize, round_to_int4
 from huoyan.quantize.run import quantize
 from tests.models.small import small_model, write_checkpoint
 from tests.models.test_forward import causal
@@ -349,3 +352,96 @@ def test_some_sequences_fit_and_are_spread(seed: int) -> None:
     assert [lengths[i] for i in chosen] == some.lengths
     assert max(chosen) > 20 > min(chosen)
     assert inputs.some(10**6) is inputs
+
+
+def test_the_vocabulary_in_eight_bits(
+    source: Path,
+    items: list[CalibrationItem],
+    results: dict[str, run_module.QuantizeReport],
+    tmp_path: Path,
+    seed: int,
+) -> None:
+    common = {"method": "rtn", "group_size": 64, "calibration": items, "device": "cpu"}
+    report = quantize(source, tmp_path / "out", quantize_head="int8", **common)
+    plain = results["rtn"]
+    values = 2 * CHANGES["vocab_size"] * 256
+    assert plain.bytes_after - report.bytes_after == values - 2 * 4 * CHANGES["vocab_size"]
+    assert report.int8_head
+    assert not plain.int8_head
+    assert report.perplexity_before == plain.perplexity_before
+    assert report.perplexity_after == pytest.approx(plain.perplexity_after, rel=0.02)
+    assert report.perplexity_after != plain.perplexity_after
+    checkpoint = open_checkpoint(report.folder)
+    assert checkpoint.tensors["llm.lm_head.weight"].dtype == "I8"
+    loaded = load_model(checkpoint, dtype="float32")
+    assert isinstance(loaded.llm.lm_head, Int8Linear)
+    assert isinstance(loaded.llm.model.embed_tokens, Int8Embedding)
+    expected = logits(load_model(open_checkpoint(plain.folder), dtype="float32"), seed)
+    assert 0 < float((logits(loaded, seed) - expected).norm() / expected.norm()) < 0.05
+    config = json.loads((report.folder / "config.json").read_text())
+    assert config["quantization_config"]["huoyan_vocabulary"] == "int8"
+    assert "vLLM does not" in summary(report)
+    assert "vLLM" not in summary(plain)
+    with pytest.raises(ModelError, match="already"):
+        quantize(report.folder, tmp_path / "b")
+    with pytest.raises(InputError, match="quantize_head"):
+        quantize(source, tmp_path / "b", quantize_head="int3")
+
+
+def test_a_stopped_run_with_another_head_is_not_gone_on_with(
+    source: Path, items: list[CalibrationItem], tmp_path: Path
+) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(done: int, total: int, what: str) -> None:
+        raise Stop
+
+    common = {"method": "rtn", "group_size": 64, "calibration": items, "device": "cpu"}
+    with pytest.raises(Stop):
+        quantize(source, tmp_path / "out", step=stop, **common)
+    said: list[str] = []
+    report = quantize(source, tmp_path / "out", quantize_head="int8", note=said.append, **common)
+    assert report.resumed_layers == 0
+    assert "thrown away" in said[0]
+
+
+def test_compensated_rounding_is_nearer_in_its_products(seed: int) -> None:
+    """Inputs that go together are where one weight can make up for another."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(600, 16, generator=g) @ torch.randn(16, 128, generator=g) + torch.randn(
+        600, 128, generator=g
+    )
+    weight = torch.randn(24, 128, generator=g)
+    plain, nearer = round_to_int4(weight, 32), round_compensated(weight, gram(x), 32)
+    errors = [float(((w.dequantize() - weight) @ x.T).square().sum()) for w in (plain, nearer)]
+    assert errors[1] < 0.7 * errors[0]
+    assert nearer.q.max() <= 15
+    assert torch.equal(nearer.scales, nearer.scales.half().float())
+
+
+def test_compensated_rounding_of_inputs_apart_is_plain(seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    weight = torch.randn(24, 64, generator=g)
+    shrink = torch.rand(24, 2, generator=g) / 2 + 0.5
+    plain = round_to_int4(weight, 32, shrink)
+    apart = round_compensated(weight, torch.diag(torch.rand(64, generator=g) + 0.5), 32, shrink)
+    assert torch.equal(apart.q, plain.q)
+    assert torch.equal(apart.zeros, plain.zeros)
+
+
+def test_dead_inputs_can_be_inverted(seed: int) -> None:
+    x = torch.randn(10, 64, generator=torch.Generator().manual_seed(seed))
+    x[:, 5:40] = 0
+    weight = round_compensated(torch.randn(8, 64, generator=torch.Generator().manual_seed(seed)), gram(x), 32)
+    assert torch.isfinite(weight.dequantize()).all()
+
+
+def test_compensated_checkpoint_costs_less(
+    source: Path, items: list[CalibrationItem], results: dict[str, run_module.QuantizeReport], tmp_path: Path
+) -> None:
+    common = {"group_size": 64, "calibration": items, "device": "cpu"}
+    report = quantize(source, tmp_path / "out", compensate=True, **common)
+    pairs = list(zip(report.layers, results["awq"].layers, strict=True))
+    assert sum(a["relative_error"] for a, _ in pairs) < sum(b["relative_error"] for _, b in pairs)
+    assert sum(isinstance(m, Int4Linear) for m in load_model(open_checkpoint(report.folder)).modules()) == 8

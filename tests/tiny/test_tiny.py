@@ -65,6 +65,16 @@ def test_it_sees(llm: LLM, files: list[str], question: str, words: list[str]) ->
     assert all(word in answer for word in words), answer
 
 
+def test_it_answers_the_same_with_guesses_and_sees_with_eight_bits(llm: LLM) -> None:
+    exact = llm.ask(MEDIA / "airplane.jpg", "Describe this picture.")
+    guesses = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 1}
+    with LLM("tiny", max_model_len=1024, speculative_config=guesses) as guessing:
+        assert guessing.ask(MEDIA / "airplane.jpg", "Describe this picture.") == exact
+    with LLM("tiny", max_model_len=1024, kv_cache_dtype="int8") as eight_bits:
+        answer = eight_bits.ask(MEDIA / "airplane.jpg", "Describe this picture.")
+    assert all(word in answer for word in ("airplane", "sky")), answer
+
+
 def test_it_reads_small_print_in_the_slices_only(llm: LLM) -> None:
     """The poster's word is too small for the overview."""
     with_slices = llm.ask(MEDIA / "poster.jpg", "What is written?")

@@ -91,6 +91,7 @@ def _open_native(folder: Path, frontend: CheckpointFrontend, options: EngineOpti
     from huoyan.engine.config import EngineConfig
     from huoyan.engine.engine import Engine
     from huoyan.engine.sizing import check_before_loading, limit_torch
+    from huoyan.engine.speculation import NgramSpeculation
     from huoyan.media.slicing import MAX_SLICE_GROWTH, read_slice_rules
     from huoyan.models.checkpoint import open_checkpoint
     from huoyan.models.weights import load_model
@@ -106,6 +107,8 @@ def _open_native(folder: Path, frontend: CheckpointFrontend, options: EngineOpti
         "max_num_batched_tokens": options.max_num_batched_tokens,
         "enable_prefix_caching": options.enable_prefix_caching,
         "enforce_eager": options.enforce_eager,
+        "kv_cache_dtype": options.kv_cache_dtype,
+        "speculation": NgramSpeculation.parse(options.speculative_config),
         "seed": options.seed,
     }
     config = EngineConfig(**{name: value for name, value in sizes.items() if value is not None})

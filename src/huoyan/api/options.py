@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
+from huoyan.engine.kv_format import KV_CACHE_DTYPES, unknown_kv_cache_dtype
+from huoyan.engine.speculation import NgramSpeculation
 from huoyan.errors import InputError, UnsupportedError
 from huoyan.planning.sizes import parse_bytes
 
@@ -50,6 +52,10 @@ class EngineOptions:
     revision: str | None = None
     download_dir: str | None = None
     load_format: str = "auto"
+    kv_cache_dtype: str = "auto"
+    """int8 or fp8 hold almost twice the tokens, nearly exactly; auto is the model's dtype, and exact."""
+    speculative_config: Mapping[str, Any] | None = None
+    """`{"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 4, "prompt_lookup_min": 2}`."""
     engine: str = "native"
     mm_processor_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Of every request: `max_slice_nums`, `use_image_id`, `max_frames`, `fps`."""
@@ -84,6 +90,9 @@ class EngineOptions:
                 f"load_format {self.load_format!r}: huoyan reads safetensors only (auto, safetensors), "
                 "or makes random weights up (dummy)"
             )
+        if self.kv_cache_dtype not in KV_CACHE_DTYPES:
+            raise UnsupportedError(unknown_kv_cache_dtype(self.kv_cache_dtype))
+        NgramSpeculation.parse(self.speculative_config)
         _at_least("tensor_parallel_size", self.tensor_parallel_size, 1)
         _at_least("pipeline_parallel_size", self.pipeline_parallel_size, 1)
         _at_least("max_num_seqs", self.max_num_seqs, 1)
@@ -188,9 +197,11 @@ _ONLY_DEFAULT: dict[str, tuple[tuple[Any, ...], str]] = {
     "data_parallel_size": ((1,), "start one process a card, each with its own LLM"),
     "cpu_offload_gb": ((0, None), "weights stay on one device; an int4 checkpoint needs 7 GB"),
     "enable_lora": ((False, None), "LoRA adapters are not supported; merge the adapter into the checkpoint"),
-    "speculative_model": ((None,), "speculative decoding is not supported"),
-    "speculative_config": ((None,), "speculative decoding is not supported"),
-    "kv_cache_dtype": (("auto",), "the KV cache has the model's dtype"),
+    "speculative_model": (
+        (None,),
+        "there is no decoding with a second model; speculative_config has prompt lookup, "
+        "{'method': 'ngram', 'num_speculative_tokens': 5}",
+    ),
     "hf_overrides": ((None, {}), "sizes are read from the checkpoint; edit its config.json"),
     "rope_scaling": ((None, {}), "the model is run with the positions it was trained for"),
     "rope_theta": ((None,), "the model is run with the positions it was trained for"),

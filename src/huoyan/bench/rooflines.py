@@ -69,6 +69,7 @@ class Rooflines:
 def weight_format(model: MiniCPMV) -> WeightFormat:
     """How a loaded model's weights lie in memory."""
     from huoyan.layers.int4 import Int4Linear
+    from huoyan.layers.int8 import Int8Linear
 
     names = {"qkv_proj": "qkv", "o_proj": "o", "gate_up_proj": "gate_up", "down_proj": "down"}
     found: dict[str, int] = {}
@@ -76,4 +77,5 @@ def weight_format(model: MiniCPMV) -> WeightFormat:
         if isinstance(module, Int4Linear):
             found[names[name.rpartition(".")[2]]] = module.group_size
     group = min(found.values(), default=None)
-    return WeightFormat(model.dtype.itemsize, group, frozenset(found))
+    int8_head = isinstance(model.llm.lm_head, Int8Linear)
+    return WeightFormat(model.dtype.itemsize, group, frozenset(found), int8_head)

@@ -13,11 +13,14 @@ from huoyan.cli.options import (
     EngineOption,
     GpuMemoryOption,
     HubOption,
+    KVCacheDtypeOption,
     MaxModelLenOption,
     ModelOption,
     PipelineParallelOption,
     RevisionOption,
+    SpeculativeNgramOption,
     TensorParallelOption,
+    speculative_config,
 )
 
 if TYPE_CHECKING:
@@ -69,6 +72,8 @@ def ask(
     engine: EngineOption = "native",
     tensor_parallel_size: TensorParallelOption = 1,
     pipeline_parallel_size: PipelineParallelOption = 1,
+    kv_cache_dtype: KVCacheDtypeOption = "auto",
+    speculative_ngram: SpeculativeNgramOption = None,
     gpu_memory: GpuMemoryOption = None,
     system: Annotated[
         str | None,
@@ -141,6 +146,8 @@ def ask(
         device=device,
         dtype=dtype,
         max_model_len=max_model_len,
+        kv_cache_dtype=kv_cache_dtype,
+        speculative_config=speculative_config(speculative_ngram),
         gpu_memory=gpu_memory,
         max_num_seqs=max(beam or 1, 8),
         engine=engine,

@@ -15,11 +15,14 @@ from huoyan.cli.options import (
     EngineOption,
     GpuMemoryOption,
     HubOption,
+    KVCacheDtypeOption,
     MaxModelLenOption,
     ModelOption,
     PipelineParallelOption,
     RevisionOption,
+    SpeculativeNgramOption,
     TensorParallelOption,
+    speculative_config,
 )
 
 if TYPE_CHECKING:
@@ -40,6 +43,8 @@ def batch(
     engine: EngineOption = "native",
     tensor_parallel_size: TensorParallelOption = 1,
     pipeline_parallel_size: PipelineParallelOption = 1,
+    kv_cache_dtype: KVCacheDtypeOption = "auto",
+    speculative_ngram: SpeculativeNgramOption = None,
     gpu_memory: GpuMemoryOption = None,
     concurrency: Annotated[
         int, typer.Option("--concurrency", "-c", min=1, help="Requests that run side by side.")
@@ -88,6 +93,7 @@ def batch(
                     model, hub=hub, revision=revision, device=device, dtype=dtype,
                     max_model_len=max_model_len, max_num_seqs=concurrency, engine=engine, gpu_memory=gpu_memory,
                     tensor_parallel_size=tensor_parallel_size, pipeline_parallel_size=pipeline_parallel_size,
+                    kv_cache_dtype=kv_cache_dtype, speculative_config=speculative_config(speculative_ngram),
                 )  # fmt: skip
                 start = time.monotonic()
                 run.run(lambda jobs: llm.run_jobs(jobs, concurrency=concurrency))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -35,6 +35,20 @@ DeviceOption = Annotated[
 DtypeOption = Annotated[
     str, typer.Option("--dtype", help="auto, float32, float16 or bfloat16.", rich_help_panel=_PANEL)
 ]
+KVCacheDtypeOption = Annotated[
+    str,
+    typer.Option(
+        "--kv-cache-dtype", rich_help_panel=_PANEL,
+        help="auto (exact), or int8 or fp8: room for almost twice the tokens, answers nearly the same.",
+    ),
+]  # fmt: skip
+SpeculativeNgramOption = Annotated[
+    int | None,
+    typer.Option(
+        "--speculative-ngram", min=1, metavar="TOKENS", rich_help_panel=_PANEL, show_default=False,
+        help="Guess so many tokens at once from what was said before: the same answers, sooner where they repeat.",
+    ),
+]  # fmt: skip
 MaxModelLenOption = Annotated[
     int | None,
     typer.Option(
@@ -70,3 +84,15 @@ GpuMemoryOption = Annotated[
         help="Take no more than this, such as 24GiB; without it nine tenths of the card.",
     ),
 ]  # fmt: skip
+
+
+def speculative_config(tokens: int | None) -> dict[str, Any] | None:
+    """What `--speculative-ngram` asks of `LLM`."""
+    if tokens is None:
+        return None
+    return {
+        "method": "ngram",
+        "num_speculative_tokens": tokens,
+        "prompt_lookup_max": 4,
+        "prompt_lookup_min": 2,
+    }

@@ -45,6 +45,22 @@ def quantize(
     clip: Annotated[
         bool, typer.Option("--clip/--no-clip", help="Let awq clip outliers.", rich_help_panel=_HOW)
     ] = True,
+    compensate: Annotated[
+        bool,
+        typer.Option(
+            "--compensate/--no-compensate",
+            help="Round so that later inputs make up for earlier ones: nearer, slower.",
+            rich_help_panel=_HOW,
+        ),
+    ] = False,
+    quantize_head: Annotated[
+        str,
+        typer.Option(
+            "--quantize-head",
+            help="int8: head and embedding in 8 bits (vLLM cannot read them); or none.",
+            rich_help_panel=_HOW,
+        ),
+    ] = "none",
     device: Annotated[
         str, typer.Option("--device", help="auto, cpu or cuda.", rich_help_panel=_HOW)
     ] = "auto",
@@ -87,6 +103,8 @@ def quantize(
             max_tokens=max_tokens,
             clip=clip,
             modules=modules,
+            compensate=compensate,
+            quantize_head=quantize_head,
             step=bar.show,
             note=dim,
         )
@@ -123,6 +141,8 @@ def summary(report: QuantizeReport) -> str:
     lines.append(
         f"size        {readable_size(report.bytes_before)} before, {readable_size(report.bytes_after)} after"
     )
+    if report.int8_head:
+        lines.append("head        head and embedding in int8: huoyan reads them, vLLM does not")
     again = f", {report.resumed_layers} layers made earlier" if report.resumed_layers else ""
     lines.append(f"time        {report.seconds:.0f} s{again}")
     lines.append(f'\nhuoyan ask --model {report.folder} photo.jpg "what is this?"')

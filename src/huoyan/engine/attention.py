@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from huoyan.layers.kv_numbers import scale_
 from huoyan.planning.pieces import GATHER_TOKENS, MASK_VALUES
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from huoyan.engine.batch import Batch
-    from huoyan.engine.kv_cache import KVCache
+    from huoyan.engine.kv_cache import KVCache, Stored
 
 QUERY_PIECE = 512
 """Queries of a later chunk that are attended at once, at most."""
@@ -47,26 +48,41 @@ class _PrefillChunk:
 
 
 class Workspace:
-    """Memory for gathered keys (0) and values (1), kept from layer to layer and step to step.
+    """Memory for gathered keys and values, kept from layer to layer and step to step.
 
     New memory for every gather would cost more than the gather: its pages are touched for the first time.
     """
 
     def __init__(self) -> None:
-        self._buffers: list[Tensor | None] = [None, None]
+        self._buffers: dict[str, Tensor] = {}
 
-    def gather(self, which: int, cache: Tensor, blocks: Tensor, rows: int, length: int) -> Tensor:
+    def gather(
+        self, which: str, stored: Stored, blocks: Tensor, rows: int, length: int, dtype: torch.dtype
+    ) -> Tensor:
         """[rows, kv_heads, length, head_dim] of the given blocks ([rows * blocks a row]).
 
         The result is overwritten by the next call of the same `which`.
         """
-        count = blocks.shape[0]
-        buffer = self._buffers[which]
+        numbers = stored.numbers
+        if stored.scales is None:
+            picked = self._select(which, numbers, blocks)
+        else:
+            bits = self._select("bits", numbers, blocks).view(stored.dtype)
+            scales = self._select("scales", stored.scales, blocks)
+            picked = scale_(self._room(which, numbers, len(blocks), dtype).copy_(bits), scales)
+        return picked.view(rows, -1, *numbers.shape[2:])[:, :length].transpose(1, 2)
+
+    def _select(self, which: str, source: Tensor, blocks: Tensor) -> Tensor:
+        room = self._room(which, source, len(blocks), source.dtype)
+        return torch.index_select(source, 0, blocks, out=room)
+
+    def _room(self, which: str, like: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+        buffer = self._buffers.get(which)
         if buffer is None or buffer.shape[0] < count:
-            buffer = cache.new_empty((self._rounded_up(count, cache.shape[1]), *cache.shape[1:]))
+            size = self._rounded_up(count, like.shape[1])
+            buffer = like.new_empty((size, *like.shape[1:]), dtype=dtype)
             self._buffers[which] = buffer
-        picked = torch.index_select(cache, 0, blocks, out=buffer[:count])
-        return picked.view(rows, -1, *cache.shape[2:])[:, :length].transpose(1, 2)
+        return buffer[:count]
 
     @staticmethod
     def _rounded_up(count: int, block_size: int) -> int:
@@ -75,10 +91,14 @@ class Workspace:
 
 
 class PagedAttention:
-    """Attention of one step's batch. The step's keys and values are written first: rows may read them."""
+    """Attention of one step's batch. The step's keys and values are written first: rows may read them.
+
+    A row always sees keys and values as the cache has them, also those of its own step: with 8 bits an answer would
+    else depend on where its prompt was cut into chunks.
+    """
 
     def __init__(self, cache: KVCache, batch: Batch, dtype: torch.dtype, workspace: Workspace) -> None:
-        device = cache.keys.device
+        device = cache.device
         self._workspace = workspace
         self._cache = cache
         self._slots = torch.from_numpy(batch.slot_mapping).to(device)
@@ -96,23 +116,25 @@ class PagedAttention:
         self._cache.write(layer, self._slots, k, v)
         keys, values = self._cache.layer(layer)
         parts = [self._decode(bucket, q, keys, values) for bucket in self._decodes]
+        if any(chunk.context == 0 for chunk in self._prefills):
+            k, v = keys.as_read(k), values.as_read(v)
         for chunk in self._prefills:
             parts.extend(self._prefill(chunk, q, k, v, keys, values))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _decode(self, bucket: _DecodeBucket, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def _decode(self, bucket: _DecodeBucket, q: Tensor, keys: Stored, values: Stored) -> Tensor:
         rows = bucket.end - bucket.start
         heads, head_dim = q.shape[1:]
-        kv_heads = keys.shape[2]
-        k = self._workspace.gather(0, keys, bucket.blocks, rows, bucket.max_len)
-        v = self._workspace.gather(1, values, bucket.blocks, rows, bucket.max_len)
+        kv_heads = keys.numbers.shape[2]
+        k = self._workspace.gather("keys", keys, bucket.blocks, rows, bucket.max_len, q.dtype)
+        v = self._workspace.gather("values", values, bucket.blocks, rows, bucket.max_len, q.dtype)
         # The query heads that share a key head stand where queries of several positions would.
         grouped = q[bucket.start : bucket.end].reshape(rows, kv_heads, heads // kv_heads, head_dim)
         out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=bucket.mask)
         return out.reshape(rows, heads, head_dim)
 
     def _prefill(
-        self, chunk: _PrefillChunk, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor
+        self, chunk: _PrefillChunk, q: Tensor, k: Tensor, v: Tensor, keys: Stored, values: Stored
     ) -> list[Tensor]:
         queries = q[chunk.start : chunk.end].transpose(0, 1)[None]
         if chunk.context == 0:
@@ -121,9 +143,9 @@ class PagedAttention:
             out = F.scaled_dot_product_attention(queries, own_k, own_v, is_causal=True, enable_gqa=True)
             return [out[0].transpose(0, 1)]
         length = chunk.end - chunk.start
-        all_k = self._workspace.gather(0, keys, chunk.blocks, 1, chunk.context + length)
-        all_v = self._workspace.gather(1, values, chunk.blocks, 1, chunk.context + length)
-        group = q.shape[1] // keys.shape[2]
+        all_k = self._workspace.gather("keys", keys, chunk.blocks, 1, chunk.context + length, q.dtype)
+        all_v = self._workspace.gather("values", values, chunk.blocks, 1, chunk.context + length, q.dtype)
+        group = q.shape[1] // keys.numbers.shape[2]
         folded = q.is_cuda and group > 1
         piece = MASK_VALUES // (chunk.context + length) // (group if folded else 1)
         piece = max(min(piece, QUERY_PIECE), 1)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from huoyan.engine.batch import Batch
-    from huoyan.engine.kv_cache import KVCache
+    from huoyan.engine.kv_cache import KVCache, Stored
 
 
 class StepTensors:
@@ -63,18 +63,29 @@ class CudaAttention:
     def rotate_and_attend(self, layer: int, qkv: Tensor) -> Tensor:
         """qkv [T, (heads + 2 kv_heads) * head_dim], changed in place -> [T, heads * head_dim]."""
         keys, values = self._cache.layer(layer)
-        rope_cache(qkv, self._tensors.positions, self._table, self._tensors.slot_mapping, keys, values)
-        rows = qkv.unflatten(1, (-1, keys.shape[3]))
+        rope_cache(
+            qkv,
+            self._tensors.positions,
+            self._table,
+            self._tensors.slot_mapping,
+            keys.typed,
+            values.typed,
+            keys.scales,
+            values.scales,
+        )
+        rows = qkv.unflatten(1, (-1, keys.numbers.shape[3]))
         decodes = self._decodes
         parts = []
         if decodes:
             parts.append(
                 paged_decode(
                     rows[:decodes, : self._heads],
-                    keys,
-                    values,
+                    keys.typed,
+                    values.typed,
                     self._tensors.block_tables[:decodes],
                     self._tensors.seq_lens[:decodes],
+                    keys.scales,
+                    values.scales,
                 ).flatten(1)
             )
         for plan in self._prefills:
@@ -105,7 +116,10 @@ def grouped_heads() -> bool:
 
 
 class _PrefillPlan:
-    """Prefill chunks first to last as one packed call; chunks with a past read it from the cache."""
+    """Prefill chunks first to last as one packed call; chunks with a past read it from the cache.
+
+    Where the cache has 8 bits all of them do: see `PagedAttention`.
+    """
 
     def __init__(self, cache: KVCache, batch: Batch, first: int, last: int) -> None:
         self.first, self.last = int(batch.cu_seqlens_q[first]), int(batch.cu_seqlens_q[last])
@@ -113,11 +127,11 @@ class _PrefillPlan:
         q_lengths = np.diff(starts)
         k_lengths = batch.seq_lens[first:last]
         self.max_q, self.max_k = int(q_lengths.max()), int(k_lengths.max())
-        device = cache.keys.device
+        device = cache.device
         cu = torch.tensor([starts.tolist(), [0, *accumulate(k_lengths.tolist())]], dtype=torch.int32)
         self.cu_q, self.cu_k = to_device(cu, device).unbind(0)
         self.slots: Tensor | None = None
-        if (k_lengths != q_lengths).any():
+        if cache.format.group or (k_lengths != q_lengths).any():
             size = cache.block_size
             slots = [
                 (table[:, None] * size + np.arange(size)).reshape(-1)[:length]
@@ -125,16 +139,16 @@ class _PrefillPlan:
             ]
             self.slots = to_device(torch.from_numpy(np.concatenate(slots)), device)
 
-    def attend(self, rows: Tensor, heads: int, keys: Tensor, values: Tensor) -> Tensor:
+    def attend(self, rows: Tensor, heads: int, keys: Stored, values: Stored) -> Tensor:
         """rows [T, heads + 2 kv_heads, head_dim] of the step, rotated -> [chunks' tokens, heads, head_dim]."""
         from torch.nn.attention.varlen import varlen_attn
 
         rows = rows[self.first : self.last]
-        kv_heads = keys.shape[2]
+        kv_heads = keys.numbers.shape[2]
         if self.slots is None:
             k, v = rows[:, heads : heads + kv_heads], rows[:, heads + kv_heads :]
         else:
-            k, v = (cache.flatten(0, 1).index_select(0, self.slots) for cache in (keys, values))
+            k, v = (stored.rows(self.slots, rows.dtype) for stored in (keys, values))
         group = heads // kv_heads
         grouped: dict[str, Any] = {}
         if group > 1 and grouped_heads():

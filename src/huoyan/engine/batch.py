@@ -7,17 +7,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from huoyan.engine.schedule import Chunk
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from huoyan.engine.schedule import Chunk, Schedule
+    from huoyan.engine.schedule import Schedule
     from huoyan.engine.sequence import Sequence
 
 
 @dataclass(frozen=True)
 class Batch:
     """T tokens of S chunks. The first `num_decodes` chunks have one token each,
-    the longest sequence first."""
+    the longest sequence first. A decode with guesses is several of them, or a longer chunk behind them."""
 
     chunks: list[Chunk]
     num_decodes: int
@@ -35,27 +37,35 @@ class Batch:
     """[S] tokens that the chunk's last token attends to, itself included."""
     block_tables: NDArray[np.int64]
     """[S, most blocks] padded with block 0."""
-    order: list[int]
-    """[S] where the schedule's chunks, in their order, stand here."""
+    sampling: list[Chunk]
+    """The schedule's chunks that sample, in their order."""
+    sampled_rows: NDArray[np.int64]
+    """Rows whose logits are wanted: of each of `sampling` the last one, and those before its drafts."""
 
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
 
-    @property
-    def last_rows(self) -> NDArray[np.int64]:
-        """[S] the row of each chunk's last token."""
-        return self.cu_seqlens_q[1:] - 1
 
+def build_batch(schedule: Schedule, block_size: int, draft_rows: bool = False) -> Batch:
+    """Lay a schedule's chunks out as arrays. Loops over chunks and guesses, never over a prompt's tokens.
 
-def build_batch(schedule: Schedule, block_size: int) -> Batch:
-    """Lay a schedule's chunks out as arrays. Loops over chunks, never over tokens."""
-    num_decodes = len(schedule.decodes)
-    by_length = sorted(range(num_decodes), key=lambda i: -schedule.decodes[i].end)
-    chunks = [schedule.decodes[i] for i in by_length] + schedule.prefills
-    order = list(range(len(chunks)))
-    for here, there in enumerate(by_length):
-        order[there] = here
+    `draft_rows`: each guess is a decode of its own, which finds the keys of those before it in the cache as it finds
+    all others: for kernels that read a sequence's blocks once a row, and for graphs. Else a decode and its guesses
+    are one chunk of several tokens.
+    """
+    singles: list[Chunk] = []
+    longer: list[Chunk] = []
+    for chunk in schedule.decodes:
+        if not chunk.drafts:
+            singles.append(chunk)
+        elif draft_rows:
+            singles.extend(_apart(chunk))
+        else:
+            longer.append(chunk)
+    singles.sort(key=lambda chunk: -chunk.end)
+    num_decodes = len(singles)
+    chunks = singles + longer + schedule.prefills
 
     seq_lens = np.array([chunk.end for chunk in chunks], np.int64)
     starts = np.array([chunk.start for chunk in chunks], np.int64)
@@ -71,8 +81,21 @@ def build_batch(schedule: Schedule, block_size: int) -> Batch:
     positions = np.arange(cu_seqlens_q[-1]) - np.repeat(cu_seqlens_q[:-1] - starts, lengths)
     slot_mapping = block_tables[owner, positions // block_size] * block_size + positions % block_size
     decodes = chunks[:num_decodes]
-    in_flight = [c.sequence if c.start >= c.sequence.num_known else None for c in decodes]
+    in_flight = [c.sequence if _is_late(c) else None for c in decodes]
     token_ids = _token_ids(chunks, in_flight)
+    last_row = {
+        (id(chunk.sequence), chunk.end): row
+        for chunk, row in zip(chunks, (cu_seqlens_q[1:] - 1).tolist(), strict=True)
+    }
+    sampling = [chunk for chunk in schedule.chunks if chunk.samples]
+    rows: list[int] = []
+    for chunk in sampling:
+        count = len(chunk.drafts)
+        if draft_rows:
+            rows.extend(last_row[id(chunk.sequence), chunk.end - i] for i in range(count, -1, -1))
+        else:
+            last = last_row[id(chunk.sequence), chunk.end]
+            rows.extend(range(last - count, last + 1))
     return Batch(
         chunks,
         num_decodes,
@@ -83,8 +106,22 @@ def build_batch(schedule: Schedule, block_size: int) -> Batch:
         cu_seqlens_q,
         seq_lens,
         block_tables,
-        order,
+        sampling,
+        np.array(rows, np.int64),
     )
+
+
+def _apart(chunk: Chunk) -> list[Chunk]:
+    """A decode and its guesses, one token each."""
+    return [
+        Chunk(chunk.sequence, chunk.start + i, chunk.start + i + 1, True, chunk.drafts[:i])
+        for i in range(chunk.num_tokens)
+    ]
+
+
+def _is_late(chunk: Chunk) -> bool:
+    """Whether the token of a decode is still in flight."""
+    return not chunk.drafts and chunk.start >= chunk.sequence.num_known
 
 
 def _token_ids(chunks: list[Chunk], in_flight: list[Sequence | None]) -> NDArray[np.int64]:
@@ -93,9 +130,15 @@ def _token_ids(chunks: list[Chunk], in_flight: list[Sequence | None]) -> NDArray
     )
     if len(in_flight) == len(chunks):
         return last
-    rest = [chunk.sequence.token_ids(chunk.start, chunk.end) for chunk in chunks[len(in_flight) :]]
+    rest: list[NDArray[np.int64]] = []
+    for chunk in chunks[len(in_flight) :]:
+        rest.append(chunk.sequence.token_ids(chunk.start, chunk.end - len(chunk.drafts)))
+        if chunk.drafts:
+            rest.append(np.array(chunk.drafts, np.int64))
     return np.concatenate([last, *rest])
 
 
 def _token_at(chunk: Chunk) -> int:
+    if chunk.drafts:
+        return chunk.drafts[-1]
     return chunk.sequence.output_ids[chunk.start - chunk.sequence.group.prompt_len]

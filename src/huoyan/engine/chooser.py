@@ -97,7 +97,11 @@ class Chooser:
             self._grammars.compile(params.structured_outputs)
 
     def choose(
-        self, logits: Tensor, rows: Mapping[Group, list[int]], before: InFlight | None = None
+        self,
+        logits: Tensor,
+        rows: Mapping[Group, list[int]],
+        before: InFlight | None = None,
+        drafts: Mapping[Group, tuple[int, ...]] | None = None,
     ) -> Choice:
         """One token for each of a group's sequences; for a beam search, the candidates of each live beam.
 
@@ -108,12 +112,18 @@ class Chooser:
             rows: for each group the rows of its sequences, in their order. The first step of several
                 samples has one row for all of them.
             before: the step whose tokens the host does not know yet, where there is one.
+            drafts: guesses of the one sequence of some groups, which has a row before them and one after each; it
+                gets a token for every row, each as if the guesses before were right.
         """
+        drafts = drafts or {}
         choice = Choice()
         prepared: dict[Group, list[SamplingRow]] = {}
         for group, own in rows.items():
             try:
-                prepared[group] = self._rows(group, len(own), logits.device, before)
+                if group in drafts:
+                    prepared[group] = self._draft_rows(group.sequences[0], drafts[group], logits.device)
+                else:
+                    prepared[group] = self._rows(group, len(own), logits.device, before)
             except Exception as error:  # noqa: PERF203 - one request's fault is not the others'
                 choice.failed[group] = error
         sampled = [g for g in prepared if not g.params.use_beam_search]
@@ -157,31 +167,55 @@ class Chooser:
         rows = []
         for seq in sequences:
             state = self._state(seq)
-            counts = grammar = in_flight = None
-            if state is not None:
-                counts, grammar = state.counts, state.grammar
-                if counts is not None:
-                    counts.update(seq.output_ids)
-                    if before is not None and seq.num_in_flight > 1:
-                        in_flight = before.tokens([seq])[0]
-                if grammar is not None:
-                    grammar.update(seq.output_ids)
-            rows.append(
-                SamplingRow(
-                    params,
-                    seq.num_outputs - 1,
-                    stop_token_ids=seq.answer.rules.held_back if params.min_tokens else frozenset(),
-                    counts=counts,
-                    in_flight=in_flight,
-                    allowed=grammar.allowed(device) if grammar is not None else None,
-                    key=self._key(group, seq.index, seq.num_outputs - 1) if params.temperature else 0,
-                )
-            )
+            in_flight = None
+            has_counts = state is not None and state.counts is not None
+            if has_counts and before is not None and seq.num_in_flight > 1:
+                in_flight = before.tokens([seq])[0]
+            rows.append(self._row(seq, seq.output_ids, seq.num_outputs - 1, state, device, in_flight))
         if first_of_several:
             shared = rows[0]
             fields: dict[str, Any] = {k: v for k, v in vars(shared).items() if k != "key"}
             rows = [SamplingRow(**fields, key=self._key(group, i, 0)) for i in range(group.width)]
         return rows
+
+    def _draft_rows(self, seq: Sequence, drafts: tuple[int, ...], device: torch.device) -> list[SamplingRow]:
+        """As one step after the other would have them, were the drafts right; what is kept stays as it is."""
+        state = self._state(seq)
+        known = len(seq.output_ids)
+        rows = [self._row(seq, seq.output_ids, known, state, device)]
+        for i in range(1, len(drafts) + 1):
+            # The rows before hold the state they were made from.
+            state = state.fork() if state is not None else None
+            rows.append(self._row(seq, [*seq.output_ids, *drafts[:i]], known + i, state, device))
+        return rows
+
+    def _row(
+        self,
+        seq: Sequence,
+        output_ids: list[int],
+        step: int,
+        state: SequenceState | None,
+        device: torch.device,
+        in_flight: Tensor | None = None,
+    ) -> SamplingRow:
+        """After `output_ids`, and the token `in_flight` where the host does not know it; `step` tokens in all."""
+        group, params = seq.group, seq.group.params
+        counts = grammar = None
+        if state is not None:
+            counts, grammar = state.counts, state.grammar
+            if counts is not None:
+                counts.update(output_ids)
+            if grammar is not None:
+                grammar.update(output_ids)
+        return SamplingRow(
+            params,
+            step,
+            stop_token_ids=seq.answer.rules.held_back if params.min_tokens else frozenset(),
+            counts=counts,
+            in_flight=in_flight,
+            allowed=grammar.allowed(device) if grammar is not None else None,
+            key=self._key(group, seq.index, step) if params.temperature else 0,
+        )
 
     def _key(self, group: Group, index: int, step: int) -> int:
         seed = group.params.seed

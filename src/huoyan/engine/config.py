@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from huoyan.engine.kv_format import KV_CACHE_DTYPES, unknown_kv_cache_dtype
 from huoyan.errors import InputError
 from huoyan.planning.sizes import MIB
+
+if TYPE_CHECKING:
+    from huoyan.engine.speculation import NgramSpeculation
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,8 @@ class EngineConfig:
     card. On a CPU, too, no more is taken."""
     kv_cache_dtype: str = "auto"
     """auto keeps the model's dtype; int8, fp8 (fp8_e4m3) and fp8_e5m2 take half of it (see `kv_format`)."""
+    speculation: NgramSpeculation | None = None
+    """Guess tokens by prompt lookup and verify them; None for one token a step."""
     max_num_seqs: int = 128
     """Sequences that run at once (a beam search counts its width)."""
     max_num_batched_tokens: int = 2048

@@ -35,7 +35,7 @@ class DecodeGraphs:
         self._pool: tuple[int, int] | None = None
         # One for all sizes: each graph's own would stay with it.
         self._logits = torch.empty(
-            self._sizes[-1], model.config.text.vocab_size, dtype=torch.float32, device=cache.keys.device
+            self._sizes[-1], model.config.text.vocab_size, dtype=torch.float32, device=cache.device
         )
         self._graphs: dict[int, _Graph] = {}
 
@@ -73,7 +73,7 @@ class _Graph:
         host[:, 2], host[:, 3] = -1, 1
         self._host = host.pin_memory()
         self._rows: NDArray[np.int32] = self._host.numpy()
-        self._inputs = self._host.to(cache.keys.device)
+        self._inputs = self._host.to(cache.device)
         self._graph = torch.cuda.CUDAGraph()
         self._copied = torch.cuda.Event()
 
@@ -131,6 +131,8 @@ class _GraphAttention:
 
     def rotate_and_attend(self, layer: int, qkv: Tensor) -> Tensor:
         keys, values = self._cache.layer(layer)
-        rope_cache(qkv, self._positions, self._table, self._slots, keys, values)
-        rows = qkv.unflatten(1, (-1, keys.shape[3]))
-        return paged_decode(rows[:, : self._heads], keys, values, self._blocks, self._lengths).flatten(1)
+        stored = (keys.typed, values.typed)
+        scales = (keys.scales, values.scales)
+        rope_cache(qkv, self._positions, self._table, self._slots, *stored, *scales)
+        rows = qkv.unflatten(1, (-1, keys.numbers.shape[3]))
+        return paged_decode(rows[:, : self._heads], *stored, self._blocks, self._lengths, *scales).flatten(1)

@@ -18,6 +18,7 @@ from huoyan.engine.kv_cache import KVCache
 from huoyan.engine.output import request_output, shown_answers
 from huoyan.engine.picture_cache import PictureCache
 from huoyan.engine.prompt_logprobs import prompt_logprobs
+from huoyan.engine.prompt_lookup import Speculator
 from huoyan.engine.request import check_request
 from huoyan.engine.runner import ForwardOutput, Runner, has_fused_attention
 from huoyan.engine.scheduler import Scheduler
@@ -93,9 +94,10 @@ class Engine:
             text.head_dim,
             model.dtype,
             model.device,
+            self.config.kv_cache_dtype,
         )
         graphs = None
-        if has_fused_attention(model) and not self.config.enforce_eager:
+        if has_fused_attention(model, cache.format.name) and not self.config.enforce_eager:
             from huoyan.engine.decode_graph import DecodeGraphs
 
             graphs = DecodeGraphs(model, cache, self.config.max_num_seqs, self.size.max_model_len)
@@ -112,8 +114,11 @@ class Engine:
             {eos_token_id} if eos_token_id is not None else frozenset()
         )
         self._chooser = Chooser(self.config.seed, text.vocab_size, tokenizer, stops)
+        self._speculator = Speculator(self.config.speculation) if self.config.speculation else None
         self.run_ahead = (
-            has_fused_attention(model) if self.config.run_ahead is None else self.config.run_ahead
+            has_fused_attention(model, cache.format.name)
+            if self.config.run_ahead is None
+            else self.config.run_ahead
         )
         self._in_flight: InFlight | None = None
         self._groups: dict[str, Group] = {}
@@ -181,14 +186,21 @@ class Engine:
     def _may_run_ahead(self) -> bool:
         """Whether the next step can be launched before the host knows the tokens of this one.
 
-        One group that cannot keeps all in step: it would take every second step only.
+        One group that cannot keeps all in step: it would take every second step only. So does one whose tokens
+        are guessed, until its guesses keep failing.
         """
-        return not any(group.needs_host for group in self.scheduler.running)
+        running = self.scheduler.running
+        guessing = self._speculator is not None and any(map(self._speculator.is_guessing, running))
+        return not guessing and not any(group.needs_host for group in running)
 
     def _launch(self, before: InFlight | None, outputs: list[RequestOutput]) -> InFlight | None:
         """Hand a step to the device; None where there is nothing to do."""
         schedule = self.scheduler.schedule()
         self._preemptions += len(schedule.preempted)
+        if self._speculator is not None:
+            # As many logits as there would be of a full batch, which needs no guesses.
+            most_rows = max(self.config.max_num_seqs, 1 + self._speculator.config.num_speculative_tokens)
+            self.scheduler.add_drafts(schedule, self._speculator.propose, most_rows)
         if schedule.pictures:
             schedule = self._encode(schedule, outputs)
         if not schedule.num_tokens:
@@ -200,12 +212,18 @@ class Engine:
             return None
         self.scheduler.launched(schedule)
         self._steps += 1
-        self._prompt_tokens += schedule.num_tokens - len(schedule.decodes)
+        self._prompt_tokens += sum(chunk.num_tokens for chunk in schedule.prefills)
         self._read_prompts(forward)
         rows: dict[Group, list[int]] = {}
-        for row, chunk in enumerate(forward.chunks):
-            rows.setdefault(chunk.sequence.group, []).append(row)
-        return InFlight.of(self._chooser.choose(forward.logits, rows, before), rows)
+        drafts: dict[Group, tuple[int, ...]] = {}
+        row = 0
+        for chunk in forward.chunks:
+            group, count = chunk.sequence.group, 1 + len(chunk.drafts)
+            rows.setdefault(group, []).extend(range(row, row + count))
+            row += count
+            if chunk.drafts:
+                drafts[group] = chunk.drafts
+        return InFlight.of(self._chooser.choose(forward.logits, rows, before, drafts), rows, drafts)
 
     def close(self) -> None:
         """Free the device's memory. The engine cannot be used afterwards."""
@@ -235,6 +253,8 @@ class Engine:
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
             preemptions=self._preemptions,
+            draft_tokens=self._speculator.drafted if self._speculator else 0,
+            accepted_tokens=self._speculator.accepted if self._speculator else 0,
         )
 
     @property
@@ -294,6 +314,8 @@ class Engine:
             try:
                 if group.beams is not None:
                     self._extend_beams(group, group.beams, cast("list[BeamCandidates]", tokens))
+                elif group in step.drafts:
+                    self._extend_verified(group, step.drafts[group], cast("list[ChosenToken]", tokens))
                 else:
                     self._extend(group, cast("list[ChosenToken]", tokens))
             except Exception as error:
@@ -312,6 +334,27 @@ class Engine:
             if seq.answer.append(token):
                 self.scheduler.finish_sequence(seq)
         if not group.sequences:
+            self._end(group)
+
+    def _extend_verified(self, group: Group, drafts: tuple[int, ...], tokens: list[ChosenToken]) -> None:
+        """Append the tokens up to the first that was not guessed: each is the one a step of its own would give."""
+        seq = group.sequences[0]
+        right = 0
+        while right < len(drafts) and tokens[right].token_id == drafts[right]:
+            right += 1
+        taken: list[int] = []
+        ended = False
+        for token in tokens[: right + 1]:
+            taken.append(token.token_id)
+            ended = seq.answer.append(token)
+            if ended:
+                break
+        self.scheduler.verified(seq, taken)
+        self._generated_tokens += len(taken)
+        assert self._speculator is not None
+        self._speculator.learn(seq, drafts, right)
+        if ended:
+            self.scheduler.finish_sequence(seq)
             self._end(group)
 
     def _extend_beams(self, group: Group, search: BeamSearch, candidates: list[BeamCandidates]) -> None:
@@ -346,6 +389,8 @@ class Engine:
     def _end(self, group: Group) -> None:
         self.scheduler.finish(group)
         self._chooser.forget(group)
+        if self._speculator is not None:
+            self._speculator.forget(group)
         del self._groups[group.request_id]
 
     def _fail_all(self, groups: set[Group], error: Exception, outputs: list[RequestOutput]) -> None:

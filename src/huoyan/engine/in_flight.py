@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,10 +24,14 @@ class InFlight:
     sequences: dict[Group, list[Sequence]]
     """Those of each group in the order of its tokens."""
     rows: dict[Sequence, int]
-    """Where each stands in the choice's `token_ids`, if it was sampled."""
+    """Where each stands in the choice's `token_ids`, if it was sampled and nothing was guessed."""
+    drafts: dict[Group, tuple[int, ...]] = field(default_factory=dict)
+    """The guesses of some groups, which the choice has a token before each of and one after."""
 
     @staticmethod
-    def of(choice: Choice, groups: dict[Group, list[int]]) -> InFlight:
+    def of(
+        choice: Choice, groups: dict[Group, list[int]], drafts: dict[Group, tuple[int, ...]] | None = None
+    ) -> InFlight:
         """`groups`: those of the step, with the rows of their logits."""
         sequences = {group: group.sequences[: len(own)] for group, own in groups.items()}
         rows: dict[Sequence, int] = {}
@@ -36,7 +40,7 @@ class InFlight:
             if count == len(sequences[group]):
                 rows |= {seq: first + i for i, seq in enumerate(sequences[group])}
             first += count
-        return InFlight(choice, sequences, rows)
+        return InFlight(choice, sequences, rows, drafts or {})
 
     def tokens(self, sequences: Several[Sequence]) -> Tensor:
         """int64 [sequences], on the device."""

@@ -49,7 +49,7 @@ def kv_format(kv_cache_dtype: str, head_dim: int) -> KVFormat:
     """What a `kv_cache_dtype` comes to.
 
     A scale stands for all of a head where the numbers are floats, whose error is relative anyhow. int8 has one for
-    each 32 neighbours (of heads that are a multiple of 64, else one a head): a channel of outlying keys then
+    each 32 neighbours (of heads of 64, 128, …; else one a head): a channel of outlying keys then
     costs its neighbours their precision, and not the whole head.
 
     Raises:
@@ -60,7 +60,7 @@ def kv_format(kv_cache_dtype: str, head_dim: int) -> KVFormat:
         raise InputError(unknown_kv_cache_dtype(kv_cache_dtype))
     if name == "auto":
         return KVFormat(name, head_dim, 0)
-    fine = name == "int8" and head_dim % (2 * _INT8_GROUP) == 0
+    fine = name == "int8" and head_dim >= 2 * _INT8_GROUP and head_dim & (head_dim - 1) == 0
     return KVFormat(name, head_dim, _INT8_GROUP if fine else head_dim)
 
 

@@ -36,20 +36,26 @@ class ForwardOutput:
     chunks: list[Chunk]
     """Those that sample, in the schedule's order."""
     logits: Tensor
-    """float32 [len(chunks), vocab], after each chunk's last token."""
+    """float32 [rows, vocab]: of each chunk after its last token, of one with drafts also before each of them."""
     prompt_hidden: list[tuple[Chunk, Tensor]] = field(default_factory=list)
     """Hidden states [chunk's tokens, hidden] of requests that want the prompt's log-probabilities."""
 
 
-def has_fused_attention(model: MiniCPMV) -> bool:
-    """Whether our kernels and torch's packed flash attention serve this model where it lies."""
-    return fuses_attention(model.device, model.dtype, model.config.text.head_dim)
+def has_fused_attention(model: MiniCPMV, kv_name: str = "auto") -> bool:
+    """Whether our kernels and torch's packed flash attention serve this model and cache where they lie.
+
+    `kv_name`: of the cache's `KVFormat`.
+    """
+    return fuses_attention(model.device, model.dtype, model.config.text.head_dim, kv_name)
 
 
-def fuses_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+def fuses_attention(device: torch.device, dtype: torch.dtype, head_dim: int, kv_name: str = "auto") -> bool:
     """The same of a model that is not there yet."""
     sixteen_bits = dtype in (torch.float16, torch.bfloat16)
-    return device.type == "cuda" and sixteen_bits and head_dim % 8 == 0 and decode_kernels_enabled()
+    if not (device.type == "cuda" and sixteen_bits and head_dim % 8 == 0 and decode_kernels_enabled()):
+        return False
+    # Triton converts this type from Ada and Hopper on.
+    return kv_name != "fp8_e4m3" or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 class Runner:
@@ -73,8 +79,8 @@ class Runner:
         self.encoder = PictureEncoder(
             model, max_encoder_slices, max_encoder_patches, graphs=graphs is not None
         )
-        self.device = cache.keys.device
-        self._fused = has_fused_attention(model)
+        self.device = cache.device
+        self._fused = has_fused_attention(model, cache.format.name)
         self._graphs = graphs
         self._workspace = Workspace()
         self.copied_blocks = 0
@@ -109,16 +115,13 @@ class Runner:
         """
         self.cache.copy_blocks(schedule.copies)
         self.copied_blocks += len(schedule.copies)
-        batch = build_batch(schedule, self.cache.block_size)
-        wanted = [i for i in batch.order if batch.chunks[i].samples]
-        chunks = [batch.chunks[i] for i in wanted]
+        batch = build_batch(schedule, self.cache.block_size, draft_rows=self._fused)
+        wanted = batch.sampled_rows
         late = self._late(batch, before)
         if self._graphs is not None and self._graphs.fits(batch):
             logits = self._graphs.run(batch, late)
-            in_order = wanted == list(range(len(wanted)))
-            return ForwardOutput(
-                chunks, logits if in_order else logits[self._to_device(np.array(wanted, np.int64))]
-            )
+            in_order = np.array_equal(wanted, np.arange(len(logits)))
+            return ForwardOutput(batch.sampling, logits if in_order else logits[self._to_device(wanted)])
         token_ids = self._to_device(batch.token_ids)
         if late is not None:
             token_ids = token_ids.index_copy(0, *late)
@@ -126,8 +129,8 @@ class Runner:
         if schedule.prefills:
             self._place_pictures(batch, x)
         hidden = self.model.decoder(x, self._to_device(batch.positions), self._attention(batch, x.dtype))
-        rows = self._to_device(batch.last_rows[np.array(wanted, np.int64)])
-        out = ForwardOutput(chunks, self.model.logits(hidden.index_select(0, rows)))
+        rows = self._to_device(wanted)
+        out = ForwardOutput(batch.sampling, self.model.logits(hidden.index_select(0, rows)))
         for i in range(batch.num_decodes, len(batch.chunks)):
             group = batch.chunks[i].sequence.group
             if group.params.prompt_logprobs is not None and batch.chunks[i].start < group.prompt_len:

@@ -18,6 +18,8 @@ class Chunk:
     start: int
     end: int
     samples: bool
+    drafts: tuple[int, ...] = ()
+    """Guesses that stand before `end`: the logits before them and after each are wanted too."""
 
     @property
     def num_tokens(self) -> int:
@@ -29,7 +31,7 @@ class Schedule:
     """The order of the runner's work: encode `pictures`, copy blocks, then one forward over `chunks`."""
 
     decodes: list[Chunk] = field(default_factory=list)
-    """One token each. The sequences of a group stand together, in their order."""
+    """One token each, and its drafts. The sequences of a group stand together, in their order."""
     prefills: list[Chunk] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
     """Blocks (source, destination): copy on write, before anything is written."""
@@ -43,7 +45,7 @@ class Schedule:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.decodes) + sum(chunk.num_tokens for chunk in self.prefills)
+        return sum(chunk.num_tokens for chunk in self.chunks)
 
     def without(self, groups: set[Group]) -> Schedule:
         """The same step without some groups (their requests ended meanwhile)."""

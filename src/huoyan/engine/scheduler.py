@@ -18,7 +18,7 @@ from huoyan.engine.sequence import Group, GroupStatus, Sequence
 from huoyan.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from huoyan.engine.block_pool import BlockPool
     from huoyan.engine.picture_cache import PictureCache
@@ -148,13 +148,40 @@ class Scheduler:
             self._drop_finished()
         return out
 
+    def add_drafts(
+        self, schedule: Schedule, propose: Callable[[Sequence, int], list[int]], most_rows: int
+    ) -> None:
+        """Let decodes verify guesses with the tokens and blocks that the step leaves; nothing else changes.
+
+        `propose(sequence, most)` guesses up to `most` next tokens; `most_rows`: logits of the step at most.
+        """
+        size = self.pool.block_size
+        rows = sum(chunk.samples for chunk in schedule.chunks)
+        budget = min(self.max_num_batched_tokens - schedule.num_tokens, most_rows - rows)
+        for i, chunk in enumerate(schedule.decodes):
+            seq = chunk.sequence
+            if seq.group.width > 1 or seq.num_in_flight:
+                continue
+            slots = (len(seq.block_table) + self.pool.num_free) * size - chunk.end
+            # After n right guesses one more token follows.
+            most = min(budget, slots, seq.group.max_length - seq.length - 1)
+            drafts = propose(seq, most) if most > 0 else []
+            if not drafts:
+                continue
+            end = chunk.end + len(drafts)
+            while len(seq.block_table) * size < end:
+                seq.block_table.append(self.pool.allocate())
+            schedule.decodes[i] = Chunk(seq, chunk.start, end, True, tuple(drafts))
+            budget -= len(drafts)
+
     def launched(self, schedule: Schedule) -> None:
-        """The step was handed to the device: its tokens count as computed from here on."""
+        """The step was handed to the device: its tokens count as computed from here on, guesses not yet."""
         for chunk in schedule.chunks:
             seq = chunk.sequence
             if seq.group.status is not GroupStatus.RUNNING:
                 continue
-            seq.num_computed = chunk.end
+            seq.num_computed = chunk.end - len(chunk.drafts)
+            seq.has_drafts = bool(chunk.drafts)
             if chunk.samples:
                 seq.num_in_flight += 1
             self._register(seq)
@@ -169,6 +196,20 @@ class Scheduler:
         seq.num_in_flight -= 1
         seq.output_ids.append(token_id)
 
+    def verified(self, seq: Sequence, token_ids: list[int]) -> None:
+        """The host learns what a launched step with guesses gave: those that were right, and one token more.
+
+        Blocks that only wrong guesses were written to are given back; full ones become findable now.
+        """
+        seq.num_in_flight -= 1
+        seq.has_drafts = False
+        seq.output_ids.extend(token_ids)
+        seq.num_computed += len(token_ids) - 1
+        needed = -(-seq.num_computed // self.pool.block_size)
+        self.pool.release_table(seq.block_table[needed:])
+        del seq.block_table[needed:]
+        self._register(seq)
+
     def check(self) -> None:
         """Hold all books together. Raises AssertionError; meant for tests."""
         live = [seq for group in self.running for seq in group.sequences]
@@ -176,6 +217,7 @@ class Scheduler:
         for group in self.waiting:
             assert all(not seq.block_table and not seq.num_computed for seq in group.sequences)
         for seq in live:
+            assert not seq.has_drafts, seq
             assert len(seq.block_table) * self.pool.block_size >= seq.num_computed, seq
         orders = [group.order for group in self.running]
         assert orders == sorted(orders), "running requests out of order"

@@ -38,6 +38,7 @@ class Sequence:
         "block_hashes",
         "block_table",
         "group",
+        "has_drafts",
         "index",
         "num_computed",
         "num_in_flight",
@@ -61,6 +62,8 @@ class Sequence:
         self.num_computed = 0
         self.num_in_flight = 0
         """Tokens sampled on the device that the host does not know yet; they count in `length`."""
+        self.has_drafts = False
+        """Whether the step in flight verifies guesses: how many tokens it gives is not known yet."""
         self.resume_from: tuple[Sequence, int] | None = None
         """After a preemption: share that many of that sequence's blocks instead of computing them again."""
 
@@ -202,8 +205,9 @@ class Group:
     def awaits_host(self) -> bool:
         """Whether nothing can be planned until the host has seen the tokens in flight.
 
-        A sequence of full length ends with the one in flight.
+        What guesses came to is not known, and a sequence of full length ends with the one in flight.
         """
         return any(
-            seq.num_in_flight and (self.needs_host or seq.length >= self.max_length) for seq in self.sequences
+            seq.num_in_flight and (self.needs_host or seq.has_drafts or seq.length >= self.max_length)
+            for seq in self.sequences
         )

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from huoyan.engine.kv_format import kv_bytes_per_token
+from huoyan.engine.kv_format import KV_CACHE_DTYPES, kv_bytes_per_token
 from huoyan.errors import CapacityError, InputError
 from huoyan.planning.advice import what_fits
 from huoyan.planning.budget import Budget, CardState, card_budget, host_budget
@@ -121,7 +121,7 @@ def way_of_model(model: MiniCPMV, config: EngineConfig) -> Way:
     from huoyan.engine.runner import has_fused_attention
     from huoyan.layers.int4 import Int4Linear
 
-    kernels = has_fused_attention(model)
+    kernels = has_fused_attention(model, KV_CACHE_DTYPES[config.kv_cache_dtype])
     grouped = True
     if kernels:
         from huoyan.engine.attention_cuda import grouped_heads
@@ -203,7 +203,9 @@ def check_before_loading(
         Way(
             itemsize=wanted.itemsize,
             cuda=device.type == "cuda",
-            kernels=fuses_attention(device, wanted, sizes.text.head_dim),
+            kernels=fuses_attention(
+                device, wanted, sizes.text.head_dim, KV_CACHE_DTYPES[config.kv_cache_dtype]
+            ),
             kv8=config.kv_cache_dtype != "auto",
         ),
         found,

@@ -25,3 +25,7 @@ class EngineStats:
     """Computed by prefills; cached ones are not among them, those computed again after a preemption are."""
     generated_tokens: int
     preemptions: int
+    draft_tokens: int = 0
+    """Guessed by speculation, right or wrong."""
+    accepted_tokens: int = 0
+    """Those that were right: tokens that took no step of their own."""

@@ -12,16 +12,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from huoyan.layers.kv_numbers import dequantize
+
 TILE = 64
 """Tokens a program takes at a time."""
 MAX_PARTS = 32
 
 
 def paged_decode_reference(
-    q: Tensor, keys: Tensor, values: Tensor, block_tables: Tensor, seq_lens: Tensor
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
 ) -> Tensor:
     """The same in plain PyTorch, float32, a sequence at a time."""
     block_size, kv_heads = keys.shape[1], keys.shape[2]
+    if key_scales is not None and value_scales is not None:
+        keys = dequantize(keys, key_scales, torch.float32)
+        values = dequantize(values, value_scales, torch.float32)
     out = torch.empty_like(q)
     for row, length in enumerate(seq_lens.tolist()):
         blocks = block_tables[row, : -(-length // block_size)].long()
@@ -39,11 +50,27 @@ def parts_for(batch: int, kv_heads: int, processors: int = 132) -> int:
 
 
 @triton.jit
+def _load(
+    numbers_ptr, scales_ptr, row, d, ok, like,
+    HEAD_DIM: tl.constexpr, SCALES: tl.constexpr,
+):  # fmt: skip
+    """Keys or values of a tile of tokens, in the dtype of `like`; with `SCALES` groups a head, out of 8 bits."""
+    x = tl.load(numbers_ptr + row[:, None] * HEAD_DIM + d[None, :], mask=ok, other=0.0)
+    if SCALES:
+        each: tl.constexpr = HEAD_DIM // SCALES
+        scale = tl.load(scales_ptr + row[:, None] * SCALES + (d // each)[None, :], mask=ok, other=0.0)
+        x = (x.to(tl.float32) * scale.to(tl.float32)).to(like.dtype)
+    return x
+
+
+@triton.jit
 def _part_kernel(
-    q_ptr, keys_ptr, values_ptr, tables_ptr, lens_ptr, out_ptr, part_out_ptr, part_max_ptr, part_sum_ptr,
+    q_ptr, keys_ptr, values_ptr, key_scales_ptr, value_scales_ptr, tables_ptr, lens_ptr,
+    out_ptr, part_out_ptr, part_max_ptr, part_sum_ptr,
     scale, q_stride, table_stride,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, HEAD_DIM: tl.constexpr,
     DIM_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr,
+    SCALES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     head = tl.program_id(1)
@@ -68,16 +95,16 @@ def _part_kernel(
         token = start + t
         ok = token < last
         block = tl.load(tables_ptr + row * table_stride + token // BLOCK_SIZE, mask=ok, other=0).to(tl.int64)
-        at = ((block * BLOCK_SIZE + token % BLOCK_SIZE) * KV_HEADS + head) * HEAD_DIM
+        at = (block * BLOCK_SIZE + token % BLOCK_SIZE) * KV_HEADS + head
         kv_ok = ok[:, None] & d_ok[None, :]
-        k = tl.load(keys_ptr + at[:, None] + d[None, :], mask=kv_ok, other=0.0)
+        k = _load(keys_ptr, key_scales_ptr, at, d, kv_ok, q, HEAD_DIM, SCALES)
         scores = tl.dot(q, tl.trans(k))
         scores = tl.where(ok[None, :], scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, axis=1))
         shrink = tl.exp2(top - new_top)
         p = tl.exp2(scores - new_top[:, None])
         total = total * shrink + tl.sum(p, axis=1)
-        v = tl.load(values_ptr + at[:, None] + d[None, :], mask=kv_ok, other=0.0)
+        v = _load(values_ptr, value_scales_ptr, at, d, kv_ok, q, HEAD_DIM, SCALES)
         acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v)
         top = new_top
     g_ok = g < GROUP
@@ -116,6 +143,8 @@ def paged_decode(
     values: Tensor,
     block_tables: Tensor,
     seq_lens: Tensor,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
     *,
     parts: int | None = None,
 ) -> Tensor:
@@ -126,6 +155,7 @@ def paged_decode(
         keys, values: one layer of the cache, [num_blocks, block_size, kv_heads, head_dim].
         block_tables: int32 [B, most blocks].
         seq_lens: int32 [B], at least 1: tokens to attend to, the new one (written already) included.
+        key_scales, value_scales: of 8-bit caches, float16 [num_blocks, block_size, kv_heads, groups].
 
     Returns:
         [B, heads, head_dim] in the dtype of q.
@@ -141,10 +171,12 @@ def paged_decode(
     part_sum = torch.empty(shape, dtype=torch.float32, device=q.device)
     padded = max(16, triton.next_power_of_2(head_dim))
     _part_kernel[(batch, kv_heads, parts)](
-        q, keys, values, block_tables, seq_lens, out, part_out, part_max, part_sum,
+        q, keys, values, q if key_scales is None else key_scales, q if value_scales is None else value_scales,
+        block_tables, seq_lens, out, part_out, part_max, part_sum,
         head_dim**-0.5, q.stride(0), block_tables.stride(0),
         KV_HEADS=kv_heads, GROUP=group, GROUP_PADDED=max(16, triton.next_power_of_2(group)), HEAD_DIM=head_dim,
-        DIM_PADDED=padded, BLOCK_SIZE=block_size, PARTS=parts, TILE=TILE, num_warps=4, num_stages=3,
+        DIM_PADDED=padded, BLOCK_SIZE=block_size, PARTS=parts, TILE=TILE,
+        SCALES=0 if key_scales is None else key_scales.shape[-1], num_warps=4, num_stages=3,
     )  # fmt: skip
     if parts > 1:
         _join_kernel[(batch * heads,)](

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from huoyan.kernels import decode_kernels_enabled
-from huoyan.planning.pieces import DENSE_VALUES
+from huoyan.layers.blocks import linear_by_blocks
 
 _CPU_GROUPS = (32, 64, 128, 256)
 
@@ -103,7 +102,7 @@ class Int4Linear(nn.Module):
         elif self.packing == "words":
             out = self._by_kernel(rows)
         else:
-            out = self._by_blocks(rows, self.weight_rows)
+            out = linear_by_blocks(rows, self.width_out, self.weight_rows, self.bias)
         return cast(Tensor, out).view(*x.shape[:-1], self.width_out)
 
     def _by_kernel(self, x: Tensor) -> Tensor:
@@ -116,19 +115,7 @@ class Int4Linear(nn.Module):
             part = slice(start, stop)
             return kernel.dequantize(self.packed[part], self.scales[part], self.zeros[part], x.dtype)
 
-        return self._by_blocks(x, dense)
-
-    def _by_blocks(self, x: Tensor, dense: Callable[[int, int], Tensor]) -> Tensor:
-        rows = max(DENSE_VALUES // self.width_in, 1)
-        if rows >= self.width_out:
-            return nn.functional.linear(x, dense(0, self.width_out), self.bias)
-        # Filled piece by piece: to join the pieces would take the product's memory twice.
-        out = x.new_empty(x.shape[0], self.width_out)
-        for start in range(0, self.width_out, rows):
-            stop = min(start + rows, self.width_out)
-            bias = None if self.bias is None else self.bias[start:stop]
-            out[:, start:stop] = nn.functional.linear(x, dense(start, stop), bias)
-        return out
+        return linear_by_blocks(x, self.width_out, dense, self.bias)
 
     def weight_rows(self, start: int, stop: int) -> Tensor:
         """Rows start to stop of the dense weight, from the bytes packing."""

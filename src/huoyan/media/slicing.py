@@ -6,13 +6,13 @@ that, a grid of cells of about the same area each, so that small print stays rea
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huoyan.errors import InputError, MediaError, ModelError
 from huoyan.media.types import Size, SlicePlan, SliceRules
+from huoyan.models.config import read_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -87,14 +87,7 @@ def read_slice_rules(folder: str | Path) -> SliceRules:
     defaults. Raises ModelError naming the file and the field.
     """
     path = Path(folder) / RULES_FILE
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{path} is missing: the checkpoint is incomplete, download it again") from None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read as JSON ({_one_line(error)})") from None
-    if not isinstance(fields, dict):
-        raise ModelError(f"{path} must hold a JSON object")
+    fields = read_json(path)
     rules = SliceRules(
         scale_resolution=_positive(fields, "scale_resolution", path),
         patch_size=_positive(fields, "patch_size", path),
@@ -157,10 +150,6 @@ def _check_encodable(size: Size, plan: SlicePlan, rules: SliceRules) -> None:
                 f"a picture of {size[0]}x{size[1]} pixels is too thin a strip: {patches} patches a slice "
                 f"(at most {MAX_SLICE_GROWTH * usual}); cut it into shorter pieces"
             )
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
 
 
 def _positive(fields: dict[str, Any], name: str, path: Path) -> int:

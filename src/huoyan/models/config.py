@@ -91,7 +91,8 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path.parent} has no {path.name}: it is not a complete MiniCPM-V checkpoint; download it again"
         ) from None
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read as JSON ({error}): download it again") from None
+        reason = " ".join(str(error).split())
+        raise ModelError(f"{path} cannot be read as JSON ({reason}): download it again") from None
     if not isinstance(value, dict):
         raise ModelError(f"{path} does not hold a JSON object: download it again")
     return value

@@ -53,6 +53,8 @@ class WeightFormat:
     """Inputs that share a scale and a zero point in int4; None where nothing is in int4."""
     int4_modules: frozenset[str] = frozenset(MODULES)
     """Which of `MODULES` are in int4, where any are."""
+    int8_head: bool = False
+    """Whether the head has a byte a value, and a float32 scale a row."""
 
     def matrix_bytes(self, values: int, module: str = "") -> float:
         """Bytes of a matrix of `values` values; `module` is its name where it is a decoder layer's."""
@@ -92,7 +94,8 @@ def decoder_bytes(text: TextConfig, weights: WeightFormat) -> float:
 
 def head_bytes(text: TextConfig, weights: WeightFormat) -> float:
     """Bytes of the matrix that gives logits (the embedding's own where they are tied)."""
-    return weights.matrix_bytes(text.vocab_size * text.hidden_size)
+    values = text.vocab_size * text.hidden_size
+    return values + 4 * text.vocab_size if weights.int8_head else weights.matrix_bytes(values)
 
 
 def encoder_bytes(config: ModelConfig, weights: WeightFormat) -> float:

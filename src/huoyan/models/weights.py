@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,16 @@ from huoyan.layers.linear import Linear
 from huoyan.models.checkpoint import INDEX, SINGLE, Checkpoint
 from huoyan.models.config import ModelConfig, read_json
 from huoyan.models.int4_formats import quantized_parts, read_int4, refuse_other_formats
+from huoyan.models.int8_tables import (
+    CONFIG_KEY,
+    EMBEDDING,
+    HEAD,
+    TABLES,
+    int8_tables,
+    put_tables,
+    random_table,
+    read_int8,
+)
 from huoyan.models.layout import IGNORED, Source, sources
 from huoyan.models.minicpmv import MiniCPMV
 from huoyan.models.tensor_reader import TensorReader
@@ -76,9 +86,7 @@ def load_model(
         model.norm_mean = tuple(rules.get("norm_mean", model.norm_mean))
         model.norm_std = tuple(rules.get("norm_std", model.norm_std))
     if load_format == "dummy":
-        fill_random(model, device, wanted, seed)
-        if (checkpoint.config.quantization or {}).get("quant_method") == "awq":
-            quantize_randomly(model, int((checkpoint.config.quantization or {}).get("group_size", 128)), seed)
+        _fill_dummy(model, checkpoint, device, wanted, seed)
     elif load_format == "auto":
         _fill_from_files(model, checkpoint, device, wanted, progress)
     else:
@@ -99,10 +107,16 @@ def _fill_from_files(
     if tied:
         shapes.pop("llm.lm_head.weight")
     dtypes = {name: info.dtype for name, info in checkpoint.tensors.items()}
-    refuse_other_formats(dtypes, checkpoint.config.quantization)
+    int8 = int8_tables(dtypes)
+    refuse_other_formats(
+        {name: kind for name, kind in dtypes.items() if name.removesuffix(".weight") not in int8},
+        checkpoint.config.quantization,
+    )
     int4 = int4_matrices(model, checkpoint)
-    plan = [source for source in sources(shapes) if source.target not in int4]
-    check_tensors(checkpoint, plan, shapes, model, {part for parts in int4.values() for part in flat(parts)})
+    quantized = {*int4, *(f"{table}.weight" for table in int8)}
+    plan = [source for source in sources(shapes) if source.target not in quantized]
+    parts_read = {part for parts in int4.values() for part in flat(parts)} | {*flat(int8)}
+    check_tensors(checkpoint, plan, shapes, model, parts_read)
     plan.sort(key=lambda source: str(checkpoint.tensors[source.parts[0]].file))
 
     with TensorReader(checkpoint.tensors) as reader:
@@ -133,7 +147,12 @@ def _fill_from_files(
             replacement = Int4Linear(weight, dense.bias, dtype=dtype, device=device)
             setattr(model.get_submodule(owner), leaf, replacement)
             report()
-    if tied:
+        tables = {}
+        for table, names in int8.items():
+            tables[table] = read_int8(reader.read, names, shapes[f"{table}.weight"]).to(device)
+            report()
+        put_tables(model, tables, dtype, tied)
+    if tied and EMBEDDING not in int8:
         set_parameter(model, "llm.lm_head.weight", model.get_parameter("llm.model.embed_tokens.weight"))
 
 
@@ -185,7 +204,7 @@ def int4_matrices(model: MiniCPMV, checkpoint: Checkpoint) -> dict[str, dict[str
 
 
 def flat(parts: Mapping[str, tuple[str, ...]]) -> list[str]:
-    """All tensor names of some int4 matrices."""
+    """All tensor names of some quantized matrices."""
     return [name for names in parts.values() for name in names]
 
 
@@ -246,14 +265,39 @@ def _same_shape(found: tuple[int, ...], expected: tuple[int, ...]) -> bool:
     return len(found) == 4 and (found[0], flat) == expected
 
 
-def fill_random(model: nn.Module, device: torch.device, dtype: torch.dtype, seed: int) -> None:
+def _fill_dummy(
+    model: MiniCPMV, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, seed: int
+) -> None:
+    """Random weights of the kinds that `quantization_config` says, none of them dense first."""
+    said = checkpoint.config.quantization or {}
+    text = checkpoint.config.text
+    int4 = _layer_matrices(model) if said.get("quant_method") == "awq" else []
+    int8 = TABLES if said.get(CONFIG_KEY) == "int8" else ()
+    fill_random(model, device, dtype, seed, leave={f"{name}.weight" for name in (*int4, *int8)})
+    generator = torch.Generator(device=device).manual_seed(seed)
+    for name in int4:
+        _put_random_int4(model, name, int(said.get("group_size", 128)), dtype, generator)
+    deviations = {HEAD: 2.0 * text.hidden_size**-0.5, EMBEDDING: 1.0}
+    tables = {t: random_table(text.vocab_size, text.hidden_size, deviations[t], generator) for t in int8}
+    put_tables(model, tables, dtype, tied=False)
+
+
+def fill_random(
+    model: nn.Module,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int,
+    leave: Set[str] = frozenset(),
+) -> None:
     """Random weights scaled by fan-in, so that activations stay near 1 and logits spread.
 
     Norm weights are 1, biases small. The stream depends on the device, the shapes on nothing else.
+    Parameters named in `leave` stay as they are.
     """
     generator = torch.Generator(device=device).manual_seed(seed)
     for name, parameter in list(model.named_parameters()):
-        set_parameter(model, name, random_parameter(name, parameter.shape, dtype, device, generator))
+        if name not in leave:
+            set_parameter(model, name, random_parameter(name, parameter.shape, dtype, device, generator))
 
 
 def random_parameter(
@@ -274,27 +318,34 @@ def random_parameter(
     return value.normal_(0.0, shape[1] ** -0.5, generator=generator)
 
 
+def _layer_matrices(model: MiniCPMV) -> list[str]:
+    """The names of the linear maps of the decoder's layers."""
+    layers = model.llm.model.layers.named_modules(prefix="llm.model.layers")
+    return [name for name, module in layers if isinstance(module, Linear)]
+
+
 def quantize_randomly(model: MiniCPMV, group_size: int, seed: int) -> None:
-    """Put random int4 weights of a sane scale in place of the decoder's matrices (to measure speed)."""
-    device, dtype = model.device, model.dtype
-    generator = torch.Generator(device=device).manual_seed(seed)
-    for name, module in list(model.llm.model.layers.named_modules()):
-        if not isinstance(module, Linear):
-            continue
-        rows, columns = module.weight.shape
-        shape = (rows, columns // group_size)
-        weight = Int4Weight(
-            torch.randint(0, 16, (rows, columns), generator=generator, dtype=torch.uint8, device=device),
-            torch.rand(shape, generator=generator, device=device).add_(0.5).mul_(0.2 * columns**-0.5),
-            torch.full(shape, 8.0, device=device),
-        )
-        owner, _, leaf = name.rpartition(".")
-        # The dense matrix goes before the packed one comes: both at once might not fit.
-        bias = module.bias
-        setattr(model.llm.model.layers.get_submodule(owner), leaf, nn.Identity())
-        del module
-        int4 = Int4Linear(weight, bias, dtype=dtype, device=device)
-        setattr(model.llm.model.layers.get_submodule(owner), leaf, int4)
+    """Put random int4 weights of a sane scale in place of the decoder's matrices."""
+    generator = torch.Generator(device=model.device).manual_seed(seed)
+    for name in _layer_matrices(model):
+        _put_random_int4(model, name, group_size, model.dtype, generator)
+
+
+def _put_random_int4(
+    model: MiniCPMV, name: str, group_size: int, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    """Random int4 weights of a sane scale in place of the linear map called `name`."""
+    dense = model.get_submodule(name)
+    assert isinstance(dense, Linear)
+    rows, columns = dense.weight.shape
+    shape, device = (rows, columns // group_size), generator.device
+    weight = Int4Weight(
+        torch.randint(0, 16, (rows, columns), generator=generator, dtype=torch.uint8, device=device),
+        torch.rand(shape, generator=generator, device=device).add_(0.5).mul_(0.2 * columns**-0.5),
+        torch.full(shape, 8.0, device=device),
+    )
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, Int4Linear(weight, dense.bias, dtype=dtype, device=device))
 
 
 def set_parameter(model: nn.Module, name: str, value: Tensor) -> None:

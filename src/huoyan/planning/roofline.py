@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from huoyan.models.costs import WeightFormat, decode_step, layer_values
+
 if TYPE_CHECKING:
     from huoyan.models.config import ModelConfig
     from huoyan.planning.cards import Card
@@ -37,22 +39,16 @@ def limit(config: ModelConfig, parts: Memory, card: Card, length: int, fit: int)
         batch: batch / step_seconds(config, parts, card, batch, length) if batch <= fit else None
         for batch in BATCHES
     }
-    return Limit(card.name, fit > 0, decode, card.flops / (2 * layer_values(config)))
+    return Limit(
+        card.name,
+        fit > 0,
+        decode,
+        card.flops / (2 * config.text.num_hidden_layers * layer_values(config.text)),
+    )
 
 
 def step_seconds(config: ModelConfig, parts: Memory, card: Card, batch: int, length: int) -> float:
     """The least time of a decode step."""
     read = parts.weights.read_by_decode + batch * length * parts.kv_token
-    text = config.text
-    attention = 4 * text.num_hidden_layers * text.num_attention_heads * text.head_dim * length
-    head = text.hidden_size * text.vocab_size
-    operations = batch * (2 * (layer_values(config) + head) + attention)
+    operations = decode_step(config, [length] * batch, WeightFormat()).flops
     return max(read / card.bandwidth, operations / card.flops)
-
-
-def layer_values(config: ModelConfig) -> int:
-    """Weights that each token is multiplied with in the decoder's layers."""
-    text = config.text
-    q, kv = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
-    layer = text.hidden_size * (2 * q + 2 * kv + 3 * text.intermediate_size)
-    return text.num_hidden_layers * layer

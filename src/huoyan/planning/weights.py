@@ -51,13 +51,17 @@ class Weights:
 
 @dataclass(frozen=True)
 class _Matrix:
-    """One published matrix or vector: how many values, and in int4 how many of them share a scale."""
+    """One published matrix or vector: how many values; in int4 how many share a scale, in int8 how many rows."""
 
     values: int
     group: int = 0
+    int8_rows: int = 0
 
     def nbytes(self, itemsize: int) -> int:
-        """As loaded: int4 at half a byte a value, a scale and a zero point a group in the model's dtype."""
+        """As loaded: int4 at half a byte a value, a scale and a zero point a group in the model's dtype; int8 at
+        one, and a float32 scale a row."""
+        if self.int8_rows:
+            return self.values + 4 * self.int8_rows
         if not self.group:
             return self.values * itemsize
         return self.values // 2 + 2 * (self.values // self.group) * itemsize
@@ -100,7 +104,7 @@ def _matrices(shapes: Mapping[str, Shape]) -> dict[str, _Matrix]:
             values = 8 * prod(shape)
             out[matrix] = _Matrix(values, max(values // max(prod(scales), 1), 1))
         elif not name.endswith(_BESIDE_PACKED):
-            out[name] = _Matrix(prod(shape))
+            out[name] = _Matrix(prod(shape), int8_rows=shape[0] if f"{name}_scale" in shapes else 0)
     return out
 
 

@@ -19,6 +19,7 @@ from huoyan.layers.int4 import Int4Weight
 from huoyan.layers.rope import RotaryTable
 from huoyan.models.qwen2 import DecoderLayer
 from huoyan.quantize.causal import CausalAttention
+from huoyan.quantize.compensate import gram, round_compensated
 from huoyan.quantize.rounding import fake_quantize, group_range, round_to_int4
 
 GRID = 20
@@ -39,11 +40,16 @@ _CHUNK_VALUES = 2**27
 
 @dataclass(frozen=True)
 class AwqOptions:
-    """`method` "rtn" rounds only; "awq" searches scales, and clips where `clip`. `modules` are of MODULES."""
+    """`method` "rtn" rounds only; "awq" searches scales, and clips where `clip`. `modules` are of MODULES.
+
+    `compensate` rounds so that later inputs make up for earlier ones (see `huoyan.quantize.compensate`), with
+    the inputs that the quantized layers before give.
+    """
 
     group_size: int = 128
     method: str = "awq"
     clip: bool = True
+    compensate: bool = False
     modules: tuple[str, ...] = tuple(MODULES)
 
 
@@ -90,13 +96,16 @@ class LayerInputs:
 
 
 @torch.inference_mode()
-def quantize_layer(layer: DecoderLayer, inputs: LayerInputs, options: AwqOptions) -> QuantizedLayer:
+def quantize_layer(
+    layer: DecoderLayer, inputs: LayerInputs, options: AwqOptions, quantized: LayerInputs | None = None
+) -> QuantizedLayer:
     """Quantize the layer's matrices. The layer itself is changed: scaled (which keeps its function), and its
     matrices replaced by what the integers stand for.
 
     Args:
         layer: float weights on the device of the inputs.
         inputs: what the layer sees during calibration.
+        quantized: what it will see after the quantized layers before it, for the same tokens; by default `inputs`.
     """
     exponents: dict[str, float] = {}
     shrinks: dict[str, Tensor] = {}
@@ -108,7 +117,11 @@ def quantize_layer(layer: DecoderLayer, inputs: LayerInputs, options: AwqOptions
     for name in (MODULES[module] for module in options.modules):
         linear = layer.get_submodule(name)
         dense = linear.get_parameter("weight")
-        weight = round_to_int4(dense.float(), options.group_size, shrinks.get(name))
+        if options.compensate:
+            products = gram(_module_inputs(layer, quantized or inputs, name))
+            weight = round_compensated(dense, products, options.group_size, shrinks.get(name))
+        else:
+            weight = round_to_int4(dense.float(), options.group_size, shrinks.get(name))
         dense.copy_(weight.dequantize())
         weights[name] = weight
     return QuantizedLayer(weights, exponents)
@@ -230,10 +243,26 @@ def _best_scale(
 
 def _attention_output(layer: DecoderLayer, inputs: LayerInputs) -> Tensor:
     """What o_proj sees: [T, heads * head_dim]."""
+    return _module_inputs(layer, inputs, MODULES["o"])
+
+
+class _Seen(Exception):
+    """Ends a forward where it has come far enough."""
+
+
+def _module_inputs(layer: DecoderLayer, inputs: LayerInputs, name: str) -> Tensor:
+    """What the linear map called `name` multiplies, as the layer is now: [T, in]."""
     seen: list[Tensor] = []
-    hook = layer.self_attn.o_proj.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+
+    def stop(_: object, arguments: tuple[Tensor, ...]) -> None:
+        seen.append(arguments[0])
+        raise _Seen
+
+    hook = layer.get_submodule(name).register_forward_pre_hook(stop)
     try:
-        _attend(layer, inputs)
+        inputs.run(layer)
+    except _Seen:
+        pass
     finally:
         hook.remove()
     return seen[0]

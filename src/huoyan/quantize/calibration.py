@@ -46,6 +46,8 @@ class EncodedItem:
     """Tokens from here on are the answer."""
     embeddings: Tensor | None = field(default=None, repr=False)
     """[len(token_ids), hidden]"""
+    is_text: Tensor = field(init=False, repr=False)
+    """bool [len(token_ids)] on the CPU: which embeddings are words and not pieces of pictures."""
 
 
 def read_calibration(source: str | Path | None) -> list[CalibrationItem]:
@@ -141,10 +143,12 @@ def embed_items(encoded: Sequence[Any], model: MiniCPMV) -> list[EncodedItem]:
     items = []
     for item, slots, prepared in encoded:
         x = model.embed(torch.tensor(item.token_ids, device=model.device))
+        item.is_text = torch.ones(len(item.token_ids), dtype=torch.bool)
         for slot, picture in zip(slots, prepared, strict=True):
             embeddings = model.encode_slices(picture.slices)
             for offset, slice_embedding in zip(slot.offsets, embeddings, strict=True):
                 x[offset : offset + slot.length] = slice_embedding
+                item.is_text[offset : offset + slot.length] = False
         item.embeddings = x
         items.append(item)
     return items

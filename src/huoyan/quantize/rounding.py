@@ -25,7 +25,7 @@ def round_to_int4(
         shrink: [out, in / group_size] in (0, 1]: how much of each group's range is kept; the rest is clipped.
         scale_dtype: what the scales are rounded to before they are used, as they will be stored.
     """
-    scales, zeros = _parameters(weight, group_size, shrink, scale_dtype)
+    scales, zeros = group_parameters(weight, group_size, shrink, scale_dtype)
     grouped = weight.unflatten(1, (-1, group_size))
     q = torch.round(grouped / scales.unsqueeze(-1)) + zeros.unsqueeze(-1)
     return Int4Weight(q.clamp_(0, LEVELS).to(torch.uint8).flatten(1), scales.float(), zeros.float())
@@ -33,16 +33,17 @@ def round_to_int4(
 
 def fake_quantize(weight: Tensor, group_size: int, shrink: Tensor | None = None) -> Tensor:
     """What `round_to_int4(weight)` stands for, in the dtype of the weight, without the integers between."""
-    scales, zeros = _parameters(weight, group_size, shrink, torch.float16)
+    scales, zeros = group_parameters(weight, group_size, shrink)
     grouped = weight.unflatten(1, (-1, group_size))
     s, z = scales.to(weight.dtype).unsqueeze(-1), zeros.to(weight.dtype).unsqueeze(-1)
     q = torch.round(grouped / s).add_(z).clamp_(0, LEVELS)
     return q.sub_(z).mul_(s).flatten(1)
 
 
-def _parameters(
-    weight: Tensor, group_size: int, shrink: Tensor | None, scale_dtype: torch.dtype
+def group_parameters(
+    weight: Tensor, group_size: int, shrink: Tensor | None, scale_dtype: torch.dtype = torch.float16
 ) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of each group, float32 [out, in / group_size] both; see `round_to_int4`."""
     low, high = (edge.float() for edge in group_range(weight, group_size))
     if shrink is not None:
         low, high = low * shrink, high * shrink

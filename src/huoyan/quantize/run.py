@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from huoyan.errors import CapacityError, InputError, ModelError
 from huoyan.layers.int4 import Int4Weight
+from huoyan.layers.int8 import Int8Embedding, Int8Linear, Int8Weight, round_to_int8
 from huoyan.models.checkpoint import Checkpoint, open_checkpoint
 from huoyan.models.config import read_json
 from huoyan.models.hub import resolve_model
 from huoyan.models.int4_formats import AWQ_ORDER, is_int4, pack_nibbles
+from huoyan.models.int8_tables import CONFIG_KEY, HEAD, TABLES
 from huoyan.models.layout import sources
 from huoyan.models.minicpmv import MiniCPMV
 from huoyan.models.qwen2 import DecoderLayer
@@ -61,6 +63,8 @@ class QuantizeReport:
     seconds: float
     resumed_layers: int = 0
     """Layers that an earlier, stopped run had made."""
+    int8_head: bool = False
+    """Whether the head and the embedding are in eight bits, which vLLM cannot read."""
 
 
 @dataclass
@@ -88,7 +92,9 @@ def quantize(
     device: str | torch.device | None = None,
     max_tokens: int = 1024,
     clip: bool = True,
+    compensate: bool = False,
     modules: str | Sequence[str] = tuple(MODULES),
+    quantize_head: str | None = None,
     step: Step | None = None,
     note: Note | None = None,
 ) -> QuantizeReport:
@@ -105,8 +111,12 @@ def quantize(
         device: where to compute; by default a CUDA device where there is one.
         max_tokens: calibration prompts longer than this are left out.
         clip: whether "awq" also shrinks the groups' ranges.
+        compensate: rounds one input of a matrix after the other, the later ones making up for the earlier ones
+            (GPTQ's update; the layout is the same). Nearer to the float model, and slower.
         modules: which of "qkv", "o", "gate_up" and "down", as names or one text with commas; the rest stays
             in 16 bits.
+        quantize_head: "int8" also stores the head and the embedding table in eight bits, a scale a row. vLLM
+            cannot read the result; this engine does. None keeps them in 16 bits.
         step: told of the progress; `note`: told lines worth saying.
 
     Raises:
@@ -117,6 +127,9 @@ def quantize(
         raise InputError(f"bits {bits} is not supported: huoyan quantizes to 4 bits")
     if method not in ("awq", "rtn"):
         raise InputError(f"method {method!r} is unknown: use awq or rtn")
+    if quantize_head not in (None, "none", "int8"):
+        raise InputError(f"quantize_head {quantize_head!r} is unknown: use int8, or none")
+    int8 = quantize_head == "int8"
     chosen = _modules(modules)
     checkpoint = open_checkpoint(resolve_model(model))
     _check_source(checkpoint, group_size)
@@ -127,28 +140,29 @@ def quantize(
         items = read_calibration(calibration)
     else:
         items = list(calibration)
-    options = AwqOptions(group_size, method, clip, chosen)
-    writer = QuantizedWriter(Path(out), _fingerprint(checkpoint, options, items, max_tokens), say)
+    options = AwqOptions(group_size, method, clip, compensate, chosen)
+    made_from = _fingerprint(checkpoint, options, items, max_tokens) | {"int8_tables": int8}
+    writer = QuantizedWriter(Path(out), made_from, say)
     layers = checkpoint.config.text.num_hidden_layers
     resumed = sum(writer.has(_shard(i)) for i in range(layers))
     if resumed:
         say(f"going on where an earlier run stopped: {resumed} of {layers} layers are there")
 
     with TensorReader(checkpoint.tensors) as reader:
-        encoded = _embed(checkpoint, reader, items, where, dtype, max_tokens)
+        encoded, table = _embed(checkpoint, reader, items, where, dtype, max_tokens, int8)
         if len(encoded) < len(items):
             say(
                 f"{len(items) - len(encoded)} of {len(items)} calibration items are longer than {max_tokens} tokens"
             )
-        streams = _streams(encoded)
+        streams = _streams(encoded, table)
         with torch.device("meta"):
             whole = MiniCPMV(checkpoint.config)
         for i in range(layers):
             _one_layer(whole, i, reader, streams, options, writer, dtype, where)
             if step is not None:
                 step(i + 1, layers, f"layer {i + 1}")
-        quality = _measure(checkpoint, reader, streams, encoded, where, dtype)
-        _write_rest(checkpoint, reader, writer)
+        quality = _measure(checkpoint, reader, streams, encoded, where, dtype, int8)
+        _write_rest(checkpoint, reader, writer, int8)
 
     notes = [writer.notes[_shard(i)] for i in range(layers)]
     report: dict[str, Any] = {
@@ -157,6 +171,8 @@ def quantize(
         "group_size": group_size,
         "modules": list(chosen),
         "clip": clip and method == "awq",
+        "compensate": compensate,
+        "head": "int8" if int8 else "16 bits",
         "calibration_items": sum(streams.calibrated),
         "held_out_items": len(streams.calibrated) - sum(streams.calibrated),
         "layers": notes,
@@ -171,6 +187,8 @@ def quantize(
         "version": "gemm",
         "modules_to_not_convert": _kept(chosen),
     }
+    if int8:
+        config["quantization_config"][CONFIG_KEY] = "int8"
     config["torch_dtype"] = "float16"
     config.pop("dtype", None)
     writer.finish(checkpoint.folder, config, report)
@@ -181,6 +199,7 @@ def quantize(
         bytes_after=open_checkpoint(out).nbytes,
         seconds=time.monotonic() - started,
         resumed_layers=resumed,
+        int8_head=int8,
         **quality,
     )
 
@@ -224,7 +243,7 @@ def _check_source(checkpoint: Checkpoint, group_size: int) -> None:
         raise InputError(
             f"group size {group_size} is not supported: use one of {', '.join(map(str, GROUP_SIZES))}"
         )
-    if any(is_int4(name) for name in checkpoint.tensors):
+    if any(is_int4(n) or (info.dtype == "I8") for n, info in checkpoint.tensors.items()):
         raise ModelError(f"{checkpoint.folder} is quantized already: quantize the original checkpoint")
     text = checkpoint.config.text
     for name, width in (("hidden_size", text.hidden_size), ("intermediate_size", text.intermediate_size)):
@@ -263,8 +282,12 @@ def _embed(
     device: torch.device,
     dtype: torch.dtype,
     max_tokens: int,
-) -> list[EncodedItem]:
-    """Items as embeddings. Only the encoder, the resampler and the embedding table are loaded, then let go."""
+    int8: bool,
+) -> tuple[list[EncodedItem], Int8Weight | None]:
+    """Items as embeddings, and the embedding table in eight bits where it is to be so.
+
+    Only the encoder, the resampler and the embedding table are loaded, then let go.
+    """
     from huoyan.prompt.processor import PromptProcessor
 
     processor = PromptProcessor.from_folder(checkpoint.folder)
@@ -275,14 +298,21 @@ def _embed(
     load_part(model.llm.model.embed_tokens, "llm.model.embed_tokens", reader, dtype, device)
     model.norm_mean, model.norm_std = processor.rules.norm_mean, processor.rules.norm_std
     with torch.inference_mode():
-        return embed_items(encode_items(items, processor, max_tokens), model)
+        encoded = embed_items(encode_items(items, processor, max_tokens), model)
+        return encoded, round_to_int8(model.llm.model.embed_tokens.weight) if int8 else None
 
 
-def _streams(encoded: Sequence[EncodedItem]) -> _Streams:
+def _streams(encoded: Sequence[EncodedItem], table: Int8Weight | None) -> _Streams:
+    """The first layer's inputs; the quantized model's words come from its own `table` where it has one."""
     x = torch.cat([item.embeddings for item in encoded if item.embeddings is not None])
+    int4_x = x.clone()
+    if table is not None:
+        ids = torch.tensor([token for item in encoded for token in item.token_ids], device=x.device)
+        words = torch.cat([item.is_text for item in encoded]).to(x.device)
+        int4_x[words] = Int8Embedding(table, x.dtype)(ids[words])
     lengths = [len(item.token_ids) for item in encoded]
     calibrated = [i % HELD_OUT_EVERY != HELD_OUT_EVERY - 1 or len(encoded) < HELD_OUT_EVERY for i in range(len(encoded))]  # fmt: skip # noqa: E501
-    return _Streams(x, x.clone(), lengths, calibrated)
+    return _Streams(x, int4_x, lengths, calibrated)
 
 
 def _shard(layer: int) -> str:
@@ -313,8 +343,9 @@ def _one_layer(
         else:
             began = time.monotonic()
             chosen = [n for n, flag in zip(streams.lengths, streams.calibrated, strict=True) if flag]
-            inputs = LayerInputs(streams.float_x[streams.rows(True).to(device)], chosen, rotary)
-            quantized = quantize_layer(layer, inputs, options)
+            rows = streams.rows(True).to(device)
+            inputs, seen = (LayerInputs(x[rows], chosen, rotary) for x in (streams.float_x, streams.int4_x))
+            quantized = quantize_layer(layer, inputs, options, seen)
             change = (target - streams.float_x).float()
             error = (both.run(layer) - target).float()
             note = {
@@ -381,6 +412,7 @@ def _measure(
     encoded: Sequence[EncodedItem],
     device: torch.device,
     dtype: torch.dtype,
+    int8: bool,
 ) -> dict[str, float | None]:
     """Perplexity of the held-out answers by both streams, and how often their likeliest tokens agree."""
     with torch.device("meta"):
@@ -389,6 +421,9 @@ def _measure(
     tied = checkpoint.config.text.tie_word_embeddings
     head = "llm.model.embed_tokens" if tied else "llm.lm_head"
     load_part(model.llm.lm_head, head, reader, dtype, device)
+    heads: dict[str, nn.Module] = {"before": model.llm.lm_head, "after": model.llm.lm_head}
+    if int8:
+        heads["after"] = Int8Linear(round_to_int8(model.llm.lm_head.weight))
     losses = {"before": 0.0, "after": 0.0}
     agreed = counted = 0
     start = 0
@@ -400,7 +435,7 @@ def _measure(
                 targets = torch.tensor(item.token_ids[first + 1 :], device=device)
                 best = []
                 for name, x in (("before", streams.float_x), ("after", streams.int4_x)):
-                    logits = model.logits(model.llm.model.norm(x[start + first : end - 1]))
+                    logits = heads[name](model.llm.model.norm(x[start + first : end - 1])).float()
                     losses[name] += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
                     best.append(logits.argmax(-1))
                 agreed += int((best[0] == best[1]).sum())
@@ -415,9 +450,11 @@ def _measure(
     }
 
 
-def _write_rest(checkpoint: Checkpoint, reader: TensorReader, writer: QuantizedWriter) -> None:
-    """Everything that stays as it was, in float16, in shards of a few gigabytes."""
+def _write_rest(checkpoint: Checkpoint, reader: TensorReader, writer: QuantizedWriter, int8: bool) -> None:
+    """Everything but the layers, in float16 or the vocabulary's tables in int8, in shards of a few gigabytes."""
     rest = sorted(n for n in checkpoint.tensors if not n.startswith("llm.model.layers."))
+    if checkpoint.config.text.tie_word_embeddings and int8:
+        rest = [name for name in rest if name != f"{HEAD}.weight"]
     shards: list[list[str]] = [[]]
     room = 4_000_000_000
     for name in rest:
@@ -430,6 +467,12 @@ def _write_rest(checkpoint: Checkpoint, reader: TensorReader, writer: QuantizedW
     for i, names in enumerate(shards):
         shard = f"rest-{i:05d}"
         if not writer.has(shard):
-            tensors = {name: reader.read(name) for name in names}
-            halves = {name: t.half() if t.is_floating_point() else t for name, t in tensors.items()}
-            writer.write(shard, halves, {"tensors": len(names)})
+            tensors: dict[str, Tensor] = {}
+            for name in names:
+                value = reader.read(name)
+                if int8 and name.removesuffix(".weight") in TABLES:
+                    table = round_to_int8(value)
+                    tensors |= {name: table.q, f"{name}_scale": table.scales}
+                else:
+                    tensors[name] = value.half() if value.is_floating_point() else value
+            writer.write(shard, tensors, {"tensors": len(names)})

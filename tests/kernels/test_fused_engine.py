@@ -1,0 +1,76 @@
+"""The engine as a GPU runs it, kernels in Triton's interpreter: 8-bit caches, and guesses as decode rows."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from huoyan.engine import runner
+from huoyan.engine.config import EngineConfig
+from huoyan.engine.engine import Engine
+from huoyan.engine.speculation import NgramSpeculation
+from huoyan.kernels import paged_decode
+from tests.engine.harness import drive
+from tests.engine.support import PlainAttention, greedy, plain_logits, request, tiny_model, words
+from tests.engine.test_kv_cache import ThroughEightBits
+from tests.engine.test_speculation import Oracle
+
+
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    window_size: object,
+) -> Tensor:
+    """Stands in for torch's `varlen_attn`, which has no CPU: causal, the queries at the end of the keys."""
+    assert window_size == (-1, 0)
+    out = torch.empty_like(q)
+    edges = zip(cu_q.tolist(), cu_q.tolist()[1:], cu_k.tolist(), cu_k.tolist()[1:], strict=False)
+    for first_q, last_q, first_k, last_k in edges:
+        own, keys, values = q[first_q:last_q], k[first_k:last_k], v[first_k:last_k]
+        assert len(own) <= max_q
+        assert len(keys) <= max_k
+        scores = torch.einsum("qhd,khd->hqk", own, keys) * q.shape[-1] ** -0.5
+        future = torch.ones(len(own), len(keys), dtype=torch.bool).triu(len(keys) - len(own) + 1)
+        weights = scores.masked_fill(future, -torch.inf).softmax(-1)
+        out[first_q:last_q] = torch.einsum("hqk,khd->qhd", weights, values)
+    return out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/engine/test_gpu.py has the kernels themselves")
+@pytest.mark.parametrize("name", ["auto", "int8"])
+def test_the_fused_path(seed: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each token is the plain model's likeliest, or within rounding of it; with guesses and without."""
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    rng = random.Random(seed)
+    model = tiny_model(41, head_dim=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    monkeypatch.setattr(runner, "has_fused_attention", lambda model, kv_name: True)
+    monkeypatch.setattr(varlen, "varlen_attn", packed_attention)
+    monkeypatch.setattr(paged_decode, "parts_for", lambda batch, kv_heads: 2)
+    requests = [request(f"r{i}", words(rng, rng.randint(3, 12)), greedy(5)) for i in range(2)]
+    sizes = {"num_blocks": 40, "block_size": 4, "max_num_seqs": 8, "max_num_batched_tokens": 12}
+    config = EngineConfig(**sizes, kv_cache_dtype=name, enforce_eager=True)  # type: ignore[arg-type]
+    plain = drive(Engine(model, config), requests)
+    attention = PlainAttention() if name == "auto" else ThroughEightBits(name, 64)
+    for req in requests:
+        ids = plain[req.request_id].outputs[0].token_ids
+        logits = plain_logits(model, req, ids, attention)[len(req.prompt.token_ids) - 1 : -1]
+        behind = logits.amax(-1) - logits[torch.arange(len(ids)), torch.tensor(ids)]
+        assert float(behind.max()) < (1e-4 if name == "auto" else 0.05)
+    speculation = NgramSpeculation(4, 2, 1)
+    engine = Engine(model, EngineConfig(**{**vars(config), "speculation": speculation}))
+    answers = {name: output.outputs[0].token_ids for name, output in plain.items()}
+    engine._speculator = Oracle(speculation, answers, rng)
+    for request_id, output in drive(engine, requests).items():
+        assert output.outputs[0].token_ids == answers[request_id]
+    assert engine.stats().draft_tokens
