@@ -43,6 +43,10 @@ class Checkpoint:
     processes: bool
     """Whether vLLM's engine is in a process of its own, which is its default; in this one it opens sooner."""
 
+    @property
+    def sixteen_bits(self) -> bool:
+        return self.tolerance >= 0.1
+
 
 TINY = Checkpoint("tiny", 1e-3, processes=False)
 INT4 = Checkpoint("tiny-int4", 0.1, processes=True)

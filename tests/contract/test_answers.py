@@ -49,13 +49,26 @@ def prompts(rng: random.Random) -> list[dict[str, Any]]:
     ]
 
 
+def familiar(rng: random.Random) -> list[dict[str, Any]]:
+    """Questions the model was trained for. On noise it is undecided, and 16 bits and 32 go far apart."""
+    video = prompts(rng)[5]
+    several = [picture(rng), picture(rng)]
+    questions = [turn(f"{PLACE}\n{question}") for question in QUESTIONS[:3]]
+    return [
+        *({"prompt": q, "multi_modal_data": {"image": picture(rng)}} for q in questions),
+        {"prompt": turn(PLACE * 2 + "\nWhat changed between the two pictures?"),
+         "multi_modal_data": {"image": several}},
+        video,
+    ]  # fmt: skip
+
+
 @pytest.mark.int4
 def test_greedy_answers(pair: Pair, rng: random.Random, report: list[str]) -> None:
     params = SamplingParams(temperature=0, max_tokens=16, logprobs=TOP)
     checkpoint = pair.checkpoint
     worst = max(
         outputs_agree(native, vllm, checkpoint.tolerance)
-        for native, vllm in pair.generate(prompts(rng), params)
+        for native, vllm in pair.generate((familiar if checkpoint.sixteen_bits else prompts)(rng), params)
     )
     report.append(f"{checkpoint.name}: log-probabilities of greedy answers differ by at most {worst:.1e}")
 
