@@ -28,9 +28,10 @@ demo: $(BIN)/huoyan  ## ask the embedded model about a picture and a video
 test: $(VENV)/.dev  ## the tests that need no GPU and no peer
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not peer"
 
-test-peer: $(VENV)/.dev  ## the engine against vLLM on the CPU, and the plugin for vLLM, in its own environment (.venv-peer)
+test-peer: $(VENV)/.dev  ## engine, vLLM backend and plugin against vLLM on the CPU, in an environment of its own (.venv-peer)
 	@$(PYTHON) tests/peer/install.py .venv-peer
 	@HUOYAN_PEER_PYTHON=.venv-peer/bin/python $(BIN)/python -m pytest -q -m peer tests/peer tests/vllm_plugin
+	@.venv-peer/bin/python -m pytest -q -p no:cacheprovider -m peer tests/contract
 
 test-gpu:  ## the GPU tests, with the python that has torch with CUDA (PYTHON=...)
 	@HUOYAN_CUDA_KERNELS=1 PYTHONPATH=src $(PYTHON) -m pytest -q tests/kernels tests/engine/test_gpu.py -p no:cacheprovider

@@ -1,5 +1,6 @@
 """The recipe's first script (one picture, beam search of three), with its import and its paths changed."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -9,11 +10,14 @@ import huoyan
 from huoyan import LLM, SamplingParams
 
 MODEL_NAME = sys.argv[1] if len(sys.argv) > 1 else "tiny"
+ENGINE = os.environ.get("ENGINE", "native")
 IMAGES = [sys.argv[2] if len(sys.argv) > 2 else Path(huoyan.__file__).parent / "tiny/media/airplane.jpg"]
 
 image = Image.open(IMAGES[0]).convert("RGB")
 
-llm = LLM(model=MODEL_NAME, gpu_memory_utilization=1, trust_remote_code=True, max_model_len=2048)
+llm = LLM(
+    model=MODEL_NAME, engine=ENGINE, gpu_memory_utilization=1, trust_remote_code=True, max_model_len=2048
+)
 tokenizer = llm.get_tokenizer()
 
 messages = [{"role": "user", "content": "(<image>./</image>)\n" + "请描述这张图片"}]

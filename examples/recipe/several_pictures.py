@@ -1,5 +1,6 @@
 """The recipe's second script (several pictures), with its import and its paths changed."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -9,11 +10,14 @@ import huoyan
 from huoyan import LLM, SamplingParams
 
 MODEL_NAME = sys.argv[1] if len(sys.argv) > 1 else "tiny"
+ENGINE = os.environ.get("ENGINE", "native")
 media = Path(huoyan.__file__).parent / "tiny/media"
 files = sys.argv[2:] or [media / "stars.jpg", media / "stars_later.jpg"]
 images = [Image.open(file).convert("RGB") for file in files]
 
-llm = LLM(model=MODEL_NAME, trust_remote_code=True, gpu_memory_utilization=1, max_model_len=2048)
+llm = LLM(
+    model=MODEL_NAME, engine=ENGINE, trust_remote_code=True, gpu_memory_utilization=1, max_model_len=2048
+)
 tokenizer = llm.get_tokenizer()
 
 messages = [

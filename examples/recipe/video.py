@@ -1,6 +1,7 @@
 """The recipe's third script (video). Its import, its paths and its frame reader (decord, no longer kept up) are
 changed; huoyan samples as it did, one frame a second and then at most MAX_NUM_FRAMES of them evenly."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -8,10 +9,11 @@ import huoyan
 from huoyan import LLM, SamplingParams, Video
 
 MODEL_NAME = sys.argv[1] if len(sys.argv) > 1 else "tiny"
+ENGINE = os.environ.get("ENGINE", "native")
 MAX_NUM_FRAMES = 16
 file = sys.argv[2] if len(sys.argv) > 2 else Path(huoyan.__file__).parent / "tiny/media/car.mp4"
 
-llm = LLM(model=MODEL_NAME, gpu_memory_utilization=0.95, max_model_len=4096)
+llm = LLM(model=MODEL_NAME, engine=ENGINE, gpu_memory_utilization=0.95, max_model_len=4096)
 tokenizer = llm.get_tokenizer()
 stop_tokens = ["<|im_end|>", "<|endoftext|>"]
 stop_token_ids = [tokenizer.convert_tokens_to_ids(i) for i in stop_tokens]

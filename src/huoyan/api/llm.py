@@ -55,7 +55,9 @@ class LLM:
         quantization: int4 is read from the checkpoint's files; `awq` is accepted for clarity.
         hub, revision, download_dir: where a hub name comes from and goes to.
         load_format: `dummy` makes random weights up (to measure speed).
-        engine: `native`, `vllm` or `auto`.
+        engine: `native`, `vllm`, or `auto`: native on one device, vLLM where one model takes several.
+        tensor_parallel_size, pipeline_parallel_size, distributed_executor_backend, kv_cache_dtype, …: vLLM's,
+            with `engine="vllm"` (docs/vllm-engine.md).
         mm_processor_kwargs: `{"max_slice_nums": 4}` for every picture that does not say otherwise.
         trust_remote_code: accepted; no code of a checkpoint is ever run.
 

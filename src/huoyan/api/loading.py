@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huoyan.api.runtime import Runtime
-from huoyan.errors import CapacityError, InputError, ModelError, UnsupportedError
+from huoyan.errors import CapacityError, InputError, ModelError
 
 if TYPE_CHECKING:
     from huoyan.api.frontend import CheckpointFrontend
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from huoyan.backends.base import Backend
 
 Progress = Callable[[int, int], None]
+
+logger = logging.getLogger("huoyan")
 
 
 def load_runtime(options: EngineOptions) -> Runtime:
@@ -28,6 +31,7 @@ def load_runtime(options: EngineOptions) -> Runtime:
     """
     from huoyan.api.frontend import open_frontend
 
+    _note_engine(options)
     folder = _resolve(options, options.model)
     if not (folder / "config.json").exists():
         raise ModelError(
@@ -36,7 +40,7 @@ def load_runtime(options: EngineOptions) -> Runtime:
         )
     tokenizer_folder = folder if options.tokenizer is None else _resolve(options, options.tokenizer)
     frontend = open_frontend(folder, tokenizer_folder, options)
-    backend = _open_backend(folder, frontend, options)
+    backend = _open_backend(folder, tokenizer_folder, frontend, options)
     return Runtime(backend=backend, frontend=frontend, folder=folder, options=options)
 
 
@@ -46,9 +50,38 @@ def _resolve(options: EngineOptions, name: str) -> Path:
     return resolve_model(name, hub=options.hub, revision=options.revision, cache_dir=options.download_dir)
 
 
-def _open_backend(folder: Path, frontend: CheckpointFrontend, options: EngineOptions) -> Backend:
-    if options.engine == "vllm" or (options.engine == "auto" and options.tensor_parallel_size > 1):
-        raise UnsupportedError("engine='vllm' is not part of this version: use engine='native'")
+def _note_engine(options: EngineOptions) -> None:
+    """Where the choice was left open, say which engine runs, and why. Raises UnsupportedError without vLLM."""
+    version = None
+    if options.backend == "vllm":
+        from huoyan.backends.vllm.installed import require_vllm
+
+        version = require_vllm()
+    if options.engine != "auto":
+        return
+    if version is None:
+        sentence = "engine: native, since the model runs on one device"
+    else:
+        sentence = (
+            f"engine: vLLM {version}, since {options.num_devices} devices are asked for in one model "
+            f"(tensor_parallel_size={options.tensor_parallel_size}, "
+            f"pipeline_parallel_size={options.pipeline_parallel_size}) and the native engine runs on one"
+        )
+    if sys.stderr.isatty():
+        from huoyan.cli.console import dim
+
+        dim(sentence)
+    else:
+        logger.info(sentence)
+
+
+def _open_backend(
+    folder: Path, tokenizer_folder: Path, frontend: CheckpointFrontend, options: EngineOptions
+) -> Backend:
+    if options.backend == "vllm":
+        from huoyan.backends.vllm.start import open_vllm
+
+        return open_vllm(folder, tokenizer_folder, frontend, options)
     return _open_native(folder, frontend, options)
 
 

@@ -40,6 +40,7 @@ class EngineOptions:
     gpu_memory: str | int | None = None
     """What this process may take of the card ("24GiB"), in place of `gpu_memory_utilization`."""
     tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
     seed: int = 0
     limit_mm_per_prompt: Mapping[str, int] | None = None
     max_num_seqs: int = 256
@@ -64,6 +65,20 @@ class EngineOptions:
     """Pixels of one picture at most; None takes `$HUOYAN_MAX_PIXELS`, else the media stage's own limit."""
     fetch_policy: FetchPolicy | None = None
     """What may be read and fetched; a server sets one, a program on one's own machine has no need to."""
+    vllm_options: Mapping[str, Any] = field(default_factory=dict)
+    """What only vLLM reads, by its names (`VLLM_OPTIONS`); `LLM` takes each as a keyword of its own."""
+
+    @property
+    def num_devices(self) -> int:
+        """Devices that one model is to be spread over."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    @property
+    def backend(self) -> str:
+        """`native` or `vllm`: what `engine` comes to."""
+        if self.engine == "auto":
+            return "vllm" if self.num_devices > 1 else "native"
+        return self.engine
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -79,6 +94,7 @@ class EngineOptions:
             raise UnsupportedError(unknown_kv_cache_dtype(self.kv_cache_dtype))
         NgramSpeculation.parse(self.speculative_config)
         _at_least("tensor_parallel_size", self.tensor_parallel_size, 1)
+        _at_least("pipeline_parallel_size", self.pipeline_parallel_size, 1)
         _at_least("max_num_seqs", self.max_num_seqs, 1)
         if self.max_model_len is not None:
             _at_least("max_model_len", self.max_model_len, 1)
@@ -91,7 +107,7 @@ class EngineOptions:
             )
         if self.gpu_memory is not None:
             parse_bytes(self.gpu_memory, "gpu_memory")
-        if self.quantization not in (None, "awq", "awq_marlin"):
+        if self.quantization not in (None, "awq", "awq_marlin") and self.backend == "native":
             raise UnsupportedError(
                 f"quantization {self.quantization!r}: huoyan runs AWQ int4 checkpoints, and reads from the "
                 "files whether they are; leave it out"
@@ -100,11 +116,13 @@ class EngineOptions:
             if kind not in ("image", "video", "audio"):
                 raise InputError(f"limit_mm_per_prompt knows image and video, not {kind!r}")
             _at_least(f"limit_mm_per_prompt[{kind!r}]", limit, 0)
-        if self.tensor_parallel_size > 1 and self.engine == "native":
-            raise UnsupportedError(
-                f"tensor_parallel_size={self.tensor_parallel_size}: the native engine runs on one device; "
-                "use engine='vllm', or one LLM a card"
-            )
+        if self.backend == "native":
+            for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+                if getattr(self, name) > 1:
+                    raise UnsupportedError(
+                        f"{name}={getattr(self, name)}: the native engine runs on one device; "
+                        "use engine='vllm', or one LLM a card"
+                    )
 
     @property
     def gpu_memory_bytes(self) -> int | None:
@@ -142,9 +160,41 @@ _HARMLESS = frozenset(
 )
 """Options about how vLLM works inside, which cannot change an answer."""
 
+VLLM_OPTIONS = frozenset(
+    {
+        "async_scheduling",
+        "attention_backend",
+        "attention_config",
+        "block_size",
+        "calculate_kv_scales",
+        "compilation_config",
+        "cpu_offload_gb",
+        "cudagraph_capture_sizes",
+        "disable_custom_all_reduce",
+        "distributed_executor_backend",
+        "enable_chunked_prefill",
+        "hf_overrides",
+        "kernel_config",
+        "kv_cache_dtype",
+        "kv_cache_memory_bytes",
+        "max_cudagraph_capture_size",
+        "max_logprobs",
+        "max_parallel_loading_workers",
+        "mm_encoder_attn_backend",
+        "mm_encoder_tp_mode",
+        "mm_processor_cache_gb",
+        "mm_processor_cache_type",
+        "num_gpu_blocks_override",
+        "optimization_level",
+        "performance_mode",
+        "ray_workers_use_nsight",
+        "speculative_config",
+    }
+)
+"""What `engine="vllm"` hands on as it is. The native engine has no use for them, or refuses them as below."""
+
 _ONLY_DEFAULT: dict[str, tuple[tuple[Any, ...], str]] = {
-    "pipeline_parallel_size": ((1,), "the native engine runs on one device; use engine='vllm'"),
-    "data_parallel_size": ((1,), "start one LLM a card, or use `huoyan.cluster`"),
+    "data_parallel_size": ((1,), "start one process a card, each with its own LLM"),
     "cpu_offload_gb": ((0, None), "weights stay on one device; an int4 checkpoint needs 7 GB"),
     "enable_lora": ((False, None), "LoRA adapters are not supported; merge the adapter into the checkpoint"),
     "speculative_model": (
@@ -178,10 +228,15 @@ def parse_options(model: Any, keywords: Mapping[str, Any]) -> EngineOptions:
     known = {f.name for f in fields(EngineOptions)}
     used: dict[str, Any] = {}
     video_choices: dict[str, Any] = {}
+    for_vllm: dict[str, Any] = {}
+    given = {name: keywords[name] for name in _CHOOSING if name in keywords}
+    runs_vllm = EngineOptions(model="", **given).backend == "vllm"
     for name, value in keywords.items():
         if name == "media_io_kwargs":
             video_choices = _video_choices(value)
-        elif name in known:
+        elif name in VLLM_OPTIONS and runs_vllm:
+            for_vllm[name] = value
+        elif name in known and name != "vllm_options":
             used[name] = value
         elif name == "trust_remote_code":
             if value:
@@ -189,15 +244,23 @@ def parse_options(model: Any, keywords: Mapping[str, Any]) -> EngineOptions:
         elif name in _ONLY_DEFAULT:
             harmless, reason = _ONLY_DEFAULT[name]
             if value not in harmless:
-                raise UnsupportedError(f"{name}={value!r}: {reason}")
+                way_out = "; engine='vllm' has it" if name in VLLM_OPTIONS else ""
+                raise UnsupportedError(f"{name}={value!r}: {reason}{way_out}")
+        elif name in VLLM_OPTIONS - _HARMLESS:
+            if value is not None:
+                raise UnsupportedError(f"{name} is an option of vLLM: use it with engine='vllm'")
         elif name not in _HARMLESS:
-            raise InputError(_unknown(name, known))
+            raise InputError(_unknown(name, known - {"vllm_options"}))
     if "dtype" in used:
         used["dtype"] = str(used["dtype"]).removeprefix("torch.")
     if "device" in used:
         used["device"] = str(used["device"])
     used["mm_processor_kwargs"] = {**video_choices, **(used.get("mm_processor_kwargs") or {})}
-    return EngineOptions(model=_model_name(model), **used)
+    return EngineOptions(model=_model_name(model), vllm_options=for_vllm, **used)
+
+
+_CHOOSING = ("engine", "tensor_parallel_size", "pipeline_parallel_size")
+"""What decides which engine runs."""
 
 
 def _video_choices(value: Any) -> dict[str, Any]:
@@ -218,7 +281,7 @@ def _model_name(model: Any) -> str:
 
 
 def _unknown(name: str, known: set[str]) -> str:
-    names = [*known, *_HARMLESS, *_ONLY_DEFAULT, "trust_remote_code"]
+    names = [*known, *_HARMLESS, *_ONLY_DEFAULT, *VLLM_OPTIONS, "trust_remote_code"]
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f"LLM has no option {name!r}" + (f": did you mean {close[0]!r}?" if close else "")
 

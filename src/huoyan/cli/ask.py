@@ -10,13 +10,16 @@ import typer
 from huoyan.cli.options import (
     DeviceOption,
     DtypeOption,
+    EngineOption,
     GpuMemoryOption,
     HubOption,
     KVCacheDtypeOption,
     MaxModelLenOption,
     ModelOption,
+    PipelineParallelOption,
     RevisionOption,
     SpeculativeNgramOption,
+    TensorParallelOption,
     speculative_config,
 )
 
@@ -66,6 +69,9 @@ def ask(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     max_model_len: MaxModelLenOption = None,
+    engine: EngineOption = "native",
+    tensor_parallel_size: TensorParallelOption = 1,
+    pipeline_parallel_size: PipelineParallelOption = 1,
     kv_cache_dtype: KVCacheDtypeOption = "auto",
     speculative_ngram: SpeculativeNgramOption = None,
     gpu_memory: GpuMemoryOption = None,
@@ -144,6 +150,9 @@ def ask(
         speculative_config=speculative_config(speculative_ngram),
         gpu_memory=gpu_memory,
         max_num_seqs=max(beam or 1, 8),
+        engine=engine,
+        tensor_parallel_size=tensor_parallel_size,
+        pipeline_parallel_size=pipeline_parallel_size,
     )
     sampling = {
         "temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p,

@@ -12,13 +12,16 @@ import typer
 from huoyan.cli.options import (
     DeviceOption,
     DtypeOption,
+    EngineOption,
     GpuMemoryOption,
     HubOption,
     KVCacheDtypeOption,
     MaxModelLenOption,
     ModelOption,
+    PipelineParallelOption,
     RevisionOption,
     SpeculativeNgramOption,
+    TensorParallelOption,
     speculative_config,
 )
 
@@ -37,6 +40,9 @@ def batch(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     max_model_len: MaxModelLenOption = None,
+    engine: EngineOption = "native",
+    tensor_parallel_size: TensorParallelOption = 1,
+    pipeline_parallel_size: PipelineParallelOption = 1,
     kv_cache_dtype: KVCacheDtypeOption = "auto",
     speculative_ngram: SpeculativeNgramOption = None,
     gpu_memory: GpuMemoryOption = None,
@@ -85,7 +91,8 @@ def batch(
             if run.remaining:
                 llm = open_llm(
                     model, hub=hub, revision=revision, device=device, dtype=dtype,
-                    max_model_len=max_model_len, max_num_seqs=concurrency, gpu_memory=gpu_memory,
+                    max_model_len=max_model_len, max_num_seqs=concurrency, engine=engine, gpu_memory=gpu_memory,
+                    tensor_parallel_size=tensor_parallel_size, pipeline_parallel_size=pipeline_parallel_size,
                     kv_cache_dtype=kv_cache_dtype, speculative_config=speculative_config(speculative_ngram),
                 )  # fmt: skip
                 start = time.monotonic()

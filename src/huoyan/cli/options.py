@@ -56,6 +56,27 @@ MaxModelLenOption = Annotated[
         help="Tokens of question and answer together at most; lower takes less memory.",
     ),
 ]  # fmt: skip
+EngineOption = Annotated[
+    str,
+    typer.Option(
+        "--engine", rich_help_panel=_PANEL,
+        help="native, vllm, or auto: native on one device, vLLM where one model takes several.",
+    ),
+]  # fmt: skip
+TensorParallelOption = Annotated[
+    int,
+    typer.Option(
+        "--tensor-parallel-size", min=1, rich_help_panel=_PANEL,
+        help="GPUs that share each layer of the model (vLLM only).",
+    ),
+]  # fmt: skip
+PipelineParallelOption = Annotated[
+    int,
+    typer.Option(
+        "--pipeline-parallel-size", min=1, rich_help_panel=_PANEL,
+        help="GPUs, or groups of them, that share the layers out (vLLM only).",
+    ),
+]  # fmt: skip
 GpuMemoryOption = Annotated[
     str | None,
     typer.Option(

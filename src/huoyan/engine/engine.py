@@ -19,6 +19,7 @@ from huoyan.engine.output import request_output, shown_answers
 from huoyan.engine.picture_cache import PictureCache
 from huoyan.engine.prompt_logprobs import prompt_logprobs
 from huoyan.engine.prompt_lookup import Speculator
+from huoyan.engine.request import check_request
 from huoyan.engine.runner import ForwardOutput, Runner, has_fused_attention
 from huoyan.engine.scheduler import Scheduler
 from huoyan.engine.sizing import CacheSize, limit_torch, size_cache
@@ -132,7 +133,8 @@ class Engine:
         if request.request_id in self._groups:
             raise InputError(f"a request {request.request_id!r} is running already: give it another id")
         params = request.params
-        self._check_prompt(request)
+        check_request(request, self.vocab_size, self.model.config.query_num)
+        self._check_size(request)
         rules = StopRules.of(params, self._eos_token_id, self._stop_token_ids)
         width = params.num_sequences
         self._chooser.check(params)
@@ -410,24 +412,11 @@ class Engine:
 
     # -- requests -------------------------------------------------------------------------------------------
 
-    def _check_prompt(self, request: EngineRequest) -> None:
-        prompt = request.prompt
-        if prompt.token_ids and not 0 <= min(prompt.token_ids) <= max(prompt.token_ids) < self.vocab_size:
-            bad = next(i for i in prompt.token_ids if not 0 <= i < self.vocab_size)
-            raise InputError(f"token id {bad} in the prompt is outside the vocabulary of {self.vocab_size}")
-        if len(prompt.slots) != len(request.pictures):
-            raise InputError(
-                f"the prompt has places for {len(prompt.slots)} pictures, but {len(request.pictures)} came"
-            )
-        query_num = self.model.config.query_num
+    def _check_size(self, request: EngineRequest) -> None:
+        """Raise InputError where a picture is larger than what was set aside for one."""
         side = self.model.config.vision.patch_size
         most_slices = max(self.pictures.capacity_bytes // self.pictures.bytes_per_slice, PICTURE_SLICES)
-        for picture, slot in zip(request.pictures, prompt.slots, strict=True):
-            if not 0 < picture.num_slices == len(slot.offsets) or slot.length != query_num:
-                raise InputError(
-                    f"a picture of {picture.num_slices} slices of {query_num} embeddings does not fit its "
-                    f"place in the prompt ({len(slot.offsets)} runs of {slot.length} tokens)"
-                )
+        for picture in request.pictures:
             if picture.num_slices > most_slices:
                 raise InputError(
                     f"a picture has {picture.num_slices} slices, and {most_slices} of one picture have room: lower "
@@ -439,5 +428,3 @@ class Engine:
                     f"a slice of a picture has {largest} patches, and {self.config.max_slice_patches} have room: "
                     "cut the picture into pieces"
                 )
-            if any(not 0 <= o <= len(prompt.token_ids) - slot.length for o in slot.offsets):
-                raise InputError("a picture's place lies outside of the prompt")

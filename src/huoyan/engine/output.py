@@ -3,16 +3,38 @@
 from __future__ import annotations
 
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from huoyan.api.outputs import CompletionOutput, RequestOutput
 
 if TYPE_CHECKING:
+    from huoyan.api.outputs import RequestMetrics, TokenLogprobs
+    from huoyan.api.sampling_params import SamplingParams
     from huoyan.engine.answer import Answer
-    from huoyan.engine.sequence import Group
+    from huoyan.engine.beam import BeamSearch
+    from huoyan.engine.request import EngineRequest
 
 
-def shown_answers(group: Group) -> list[Answer]:
+class Answered(Protocol):
+    """A request with what was said so far: the engine's `Group`, or what another backend keeps."""
+
+    request: EngineRequest
+    params: SamplingParams
+    width: int
+    answers: list[Answer]
+    beams: BeamSearch | None
+    metrics: RequestMetrics
+    warnings: list[str]
+    prompt_logprobs: list[TokenLogprobs | None] | None
+
+    @property
+    def live_answers(self) -> list[Answer]: ...
+
+    @property
+    def finished(self) -> bool: ...
+
+
+def shown_answers(group: Answered) -> list[Answer]:
     """The `n` answers a person sees, in their order: of more samples than asked for, the likeliest first."""
     if group.beams is not None:
         return group.beams.best(group.live_answers)
@@ -22,7 +44,7 @@ def shown_answers(group: Group) -> list[Answer]:
     return group.answers
 
 
-def request_output(group: Group, answers: list[Answer], error: str | None = None) -> RequestOutput:
+def request_output(group: Answered, answers: list[Answer], error: str | None = None) -> RequestOutput:
     """The state of a request; `answers` in the order they are shown."""
     request = group.request
     finished = group.finished
@@ -41,7 +63,7 @@ def request_output(group: Group, answers: list[Answer], error: str | None = None
     )
 
 
-def _completion(index: int, answer: Answer, group: Group) -> CompletionOutput:
+def _completion(index: int, answer: Answer, group: Answered) -> CompletionOutput:
     wants_logprobs = group.params.logprobs is not None
     return CompletionOutput(
         index=index,

@@ -12,6 +12,7 @@ from collections import deque
 from time import monotonic
 from typing import TYPE_CHECKING
 
+from huoyan.engine.request import check_room
 from huoyan.engine.schedule import Chunk, Schedule
 from huoyan.engine.sequence import Group, GroupStatus, Sequence
 from huoyan.errors import InputError
@@ -66,20 +67,8 @@ class Scheduler:
         Raises:
             InputError: it could never run here; the message has the numbers.
         """
+        check_room(request, width, self.max_model_len, self.max_num_seqs)
         prompt_len = len(request.prompt.token_ids)
-        if prompt_len == 0:
-            raise InputError("the prompt is empty: it needs at least one token")
-        if prompt_len >= self.max_model_len:
-            raise InputError(
-                f"the prompt has {prompt_len} tokens ({_picture_tokens(request)} of them pictures), but the "
-                f"context is {self.max_model_len} and the answer needs one: shorten it, send fewer or "
-                f"smaller pictures, or raise max_model_len"
-            )
-        if width > self.max_num_seqs:
-            raise InputError(
-                f"the request asks for {width} sequences at once, but max_num_seqs is "
-                f"{self.max_num_seqs}: lower n, best_of or the beam width, or raise max_num_seqs"
-            )
         room = self._longest(prompt_len, width)
         if room <= prompt_len:
             raise InputError(
@@ -451,7 +440,3 @@ class Scheduler:
         size = self.pool.block_size
         shared = prompt_len // size if width > 1 else 0
         return shared + width * (-(-prompt_len // size) - shared)
-
-
-def _picture_tokens(request: EngineRequest) -> int:
-    return sum(len(slot.offsets) * slot.length for slot in request.prompt.slots)

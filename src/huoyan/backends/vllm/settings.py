@@ -1,0 +1,115 @@
+"""From `EngineOptions` to vLLM's own arguments and environment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from huoyan.engine.sizing import CPU_KV_VARIABLE, total_memory
+from huoyan.errors import InputError, UnsupportedError
+from huoyan.planning.sizes import GIB, MIB
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from huoyan.api.options import EngineOptions
+    from huoyan.models.config import ModelConfig
+
+MAX_GPU_MEMORY = 0.95
+"""vLLM counts neither CUDA itself nor graphs among what it may use, and refuses to start without room for them."""
+
+_ENVIRONMENT = {
+    # Answers go to standard output, and nothing else does.
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    # No network unless asked.
+    "VLLM_NO_USAGE_STATS": "1",
+    # On a CPU vLLM would round the activations of int4 layers to 8 bits.
+    "VLLM_CPU_INT4_W4A8": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def prepare_environment() -> None:
+    """Set what vLLM reads from the environment when it is imported; what is set already stays."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(_cpu_cache_gib())
+
+
+def engine_arguments(
+    options: EngineOptions, folder: Path, tokenizer_folder: Path, model: ModelConfig, device: str
+) -> dict[str, Any]:
+    """The keyword arguments of vLLM's `EngineArgs`.
+
+    Args:
+        device: what the installed vLLM runs on (`cuda`, `cpu`, …).
+
+    Raises:
+        InputError, UnsupportedError: an option that vLLM, or the one that is installed, cannot follow.
+    """
+    _check_device(options.device, device)
+    if options.gpu_memory is not None:
+        raise UnsupportedError(
+            "gpu_memory is the native engine's: with engine='vllm' give gpu_memory_utilization, a fraction of the "
+            f"card, or on a CPU ${CPU_KV_VARIABLE}"
+        )
+    on_cpu = device == "cpu"
+    dtype = options.dtype
+    if dtype == "auto" and on_cpu and model.quantization is None:
+        dtype = "float32"
+    arguments: dict[str, Any] = {
+        "model": str(folder),
+        "tokenizer": str(tokenizer_folder),
+        "dtype": dtype,
+        "seed": options.seed,
+        "max_model_len": options.max_model_len,
+        "max_num_seqs": options.max_num_seqs,
+        "max_num_batched_tokens": options.max_num_batched_tokens,
+        "gpu_memory_utilization": min(options.gpu_memory_utilization, MAX_GPU_MEMORY),
+        "tensor_parallel_size": options.tensor_parallel_size,
+        "pipeline_parallel_size": options.pipeline_parallel_size,
+        "enable_prefix_caching": options.enable_prefix_caching,
+        "enforce_eager": options.enforce_eager,
+        "quantization": options.quantization,
+        "load_format": options.load_format,
+        # Frames of a video are pictures here; what a request may have is checked before it comes here.
+        "limit_mm_per_prompt": {"video": 0},
+        "max_logprobs": -1,
+        # The library and the grammars of the native engine.
+        "structured_outputs_config": {"backend": "guidance"},
+        "disable_log_stats": True,
+        # On a CPU the cache has a fixed size, and nothing is learnt from a trial run.
+        "skip_mm_profiling": on_cpu,
+        **options.vllm_options,
+    }
+    return {name: value for name, value in arguments.items() if value is not None}
+
+
+def check_known(given: Mapping[str, Any], known: frozenset[str], version: str) -> None:
+    """Raise UnsupportedError for options that the installed vLLM has not."""
+    for name in given:
+        if name not in known:
+            raise UnsupportedError(f"vLLM {version} has no option {name!r}: leave it out")
+
+
+def _check_device(asked: str, device: str) -> None:
+    kind, _, index = asked.partition(":")
+    if kind == "auto":
+        return
+    if kind != device:
+        raise InputError(f"device {asked!r}: the installed vLLM runs on {device}; use device='auto'")
+    if index:
+        raise InputError(
+            f"device {asked!r}: vLLM takes the first cards it sees; set CUDA_VISIBLE_DEVICES={index} instead"
+        )
+
+
+def _cpu_cache_gib() -> int:
+    """Whole GiB of KV cache on a CPU, which is what vLLM can be told."""
+    variable = os.environ.get(CPU_KV_VARIABLE, "")
+    if variable.isdigit() and int(variable):
+        return -(-int(variable) * MIB // GIB)
+    return max(1, min(4, total_memory() // 4 // GIB))
