@@ -117,9 +117,10 @@ def test_answers_do_not_depend_on_the_company(seed: int, name: str) -> None:
     preemptions = hits = copies = 0
     for i in range(4):
         sizes = {"max_num_seqs": 6, "max_num_batched_tokens": 16, "enable_prefix_caching": True}
-        # Every second pool is surely too small for two requests of two samples.
-        tight = {"block_size": 2, "num_blocks": 22} if i % 2 == 0 else {}
-        engine = Engine(model, small_config(rng, **sizes, **tight, kv_cache_dtype=name))
+        # Every second pool is surely too small for two requests of two samples; the others hold any one.
+        tight = i % 2 == 0
+        pool = {"block_size": 2, "num_blocks": 22} if tight else {"num_blocks": 64}
+        engine = Engine(model, small_config(rng, **sizes, **pool, kv_cache_dtype=name))
         engine._chooser = TopFirst()  # type: ignore[assignment]
         opening = words(rng, 10)
         requests = [

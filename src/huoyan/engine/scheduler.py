@@ -439,4 +439,4 @@ class Scheduler:
         """Blocks that a prompt and a first token of `width` sequences may take."""
         size = self.pool.block_size
         shared = prompt_len // size if width > 1 else 0
-        return shared + width * (-(-prompt_len // size) - shared)
+        return shared + width * max(-(-prompt_len // size) - shared, 1)
