@@ -186,7 +186,12 @@ def requests(case: Case, pictures: dict[str, str]) -> list[dict[str, Any]]:
         for question, names, system in CHATS
     ]
     raws: list[dict[str, Any]] = [
-        {"prompt": prompt, "pictures": [pictures[name] for name in names], "beams": beams}
+        {
+            "prompt": prompt,
+            "pictures": [pictures[name] for name in names],
+            # In 16 bits a search loses a beam where rounding decides, and nothing behind that compares.
+            "beams": beams if case.compute == "float32" else 0,
+        }
         for prompt, names, beams in RAWS
     ]
     mixed = [request for pair in zip(raws, chats, strict=False) for request in pair] + chats[len(raws) :]

@@ -168,6 +168,8 @@ def test_greedy_tokens(compared: Compared, report: list[str]) -> None:
 
 def test_beam_search(compared: Compared, report: list[str]) -> None:
     """At a fixed length, where both engines rank by the sum of log-probabilities."""
+    if compared.case.compute != "float32":
+        pytest.skip("vLLM computes this case in 16 bits, where rounding decides between beams")
     tolerance = MAX_TOKENS * compared.case.tolerance
     pairs = [pair for pair in compared.pairs if pair.peer.get("beams")]
     assert pairs
