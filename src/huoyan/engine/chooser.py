@@ -170,7 +170,7 @@ class Chooser:
             in_flight = None
             has_counts = state is not None and state.counts is not None
             if has_counts and before is not None and seq.num_in_flight > 1:
-                in_flight = before.tokens([seq])[0]
+                in_flight = before.token(seq)
             rows.append(self._row(seq, seq.output_ids, seq.num_outputs - 1, state, device, in_flight))
         if first_of_several:
             shared = rows[0]

@@ -42,6 +42,12 @@ class InFlight:
             first += count
         return InFlight(choice, sequences, rows, drafts or {})
 
+    def token(self, sequence: Sequence) -> Tensor:
+        """int64 [], on the device: a view, nothing is copied there."""
+        ids = self.choice.token_ids
+        assert ids is not None
+        return ids[self.rows[sequence]]
+
     def tokens(self, sequences: Several[Sequence]) -> Tensor:
         """int64 [sequences], on the device."""
         ids = self.choice.token_ids
