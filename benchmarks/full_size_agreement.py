@@ -1,10 +1,12 @@
 """Do vLLM and huoyan compute the same at full size? A random checkpoint that both read, and a dozen prompts.
 
 usage: python benchmarks/full_size_agreement.py --vllm-python PY [--shape full] [--formats bf16,int4] [--out DIR]
+           [--checkpoint FOLDER] [--checkpoint-int4 FOLDER] [--int4-list NAME,NAME]
 
-The prompts are those of tests/peer/cases.py: in words alone and with one to three pictures. vLLM answers greedily with
-the log-probabilities of its five likeliest tokens. Then huoyan reads prompt and answer of vLLM's in the same 16 bits,
-and once more in float32, which is the reference; and answers greedily by itself.
+The prompts are those of tests/peer/cases.py: in words alone and with one to three pictures. vLLM (with huoyan's plugin)
+answers greedily with the log-probabilities of its five likeliest tokens. Then huoyan reads prompt and answer of vLLM's
+in the same 16 bits with its kernels (HUOYAN_CUDA_KERNELS=1), and once more in float32 without them, which is the
+reference; and answers greedily by itself, which is held against the reference too, as far as the answers are equal.
 
 The measure of 16-bit noise is how far vLLM itself is from the reference: the root of the mean square, and the
 largest, difference of the log-probabilities of its five likeliest tokens over all steps. huoyan agrees where its own
@@ -31,6 +33,8 @@ HERE = Path(__file__).resolve()
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT))
 TOP = 5
+DECODING = "decoding to float32"
+"""The measure of huoyan's own answers, which its decode kernels made; the other two read them as a prompt."""
 LEAST_NOISE = 1e-3
 """Differences up to here are the order of float32 sums."""
 
@@ -48,6 +52,9 @@ def main() -> int:
     parser.add_argument("--factor", type=float, default=1.5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-reference", action="store_true")
+    parser.add_argument("--checkpoint", type=Path, help="a folder in 16 bits, instead of a random one")
+    parser.add_argument("--checkpoint-int4", type=Path)
+    parser.add_argument("--int4-list", help="modules_to_not_convert of vLLM's copy of the int4 checkpoint")
     parser.add_argument("--out", type=Path, default=Path("agreement"))
     parser.add_argument("--child", nargs=3, metavar=("JOB", "ANSWERS", "OUT"), help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -62,6 +69,8 @@ def main() -> int:
 def parent(given: argparse.Namespace) -> int:
     import torch
     from tests.peer.cases import Case, requests, write_pictures
+    from tests.peer.environment import with_plugin
+    from tests.vllm_plugin.published import publish
 
     cuda = torch.cuda.is_available()
     given.out.mkdir(parents=True, exist_ok=True)
@@ -71,8 +80,10 @@ def parent(given: argparse.Namespace) -> int:
         (root / "pictures").mkdir()
         pictures = write_pictures(root / "pictures")
         for form in given.formats.split(","):
-            folder = root / form
-            write_checkpoint(folder, given.shape, form, given.seed, cuda)
+            folder = given.checkpoint_int4 if form == "int4" else given.checkpoint
+            if folder is None:
+                folder = root / form
+                write_checkpoint(folder, given.shape, form, given.seed, cuda)
             dtype = "float16" if form == "int4" else given.dtype
             case = Case(form, None)
             job = {
@@ -81,28 +92,35 @@ def parent(given: argparse.Namespace) -> int:
                 "requests": [{**r, "beams": 0} for r in requests(case, pictures)],
             }  # fmt: skip
             jobs, theirs = root / f"{form}.json", root / f"{form}-vllm.json"
-            jobs.write_text(json.dumps({"job": job}))
+            their_folder = folder
+            if form == "int4" and given.int4_list:
+                fields = json.loads((folder / "config.json").read_text())["quantization_config"]
+                fields["modules_to_not_convert"] = given.int4_list.split(",")
+                their_folder = publish(folder, root / "listed", quantization_config=fields)
+            jobs.write_text(json.dumps({"job": {**job, "folder": str(their_folder)}}))
             run(
                 [given.vllm_python, str(ROOT / "tests" / "peer" / "vllm_answers.py"), str(jobs), str(theirs)],
                 given.out / f"vllm-{form}.log",
-                {name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+                with_plugin(root / "site"),
             )
             answers = json.loads(theirs.read_text())["job"]["answers"]
             ours = {}
             for kind in dict.fromkeys((dtype, *(() if given.no_reference else ("float32",)))):
                 out = root / f"{form}-{kind}.json"
                 job_of = root / f"{form}-{kind}-job.json"
-                job_of.write_text(json.dumps({**job, "dtype": kind}))
+                reference = kind != dtype
+                job_of.write_text(json.dumps({**job, "dtype": kind, "answer": not reference}))
                 command = [
                     sys.executable,
                     str(HERE),
                     "--child",
                     *map(str, (job_of, theirs, out)),
                 ]
-                run(command, given.out / f"huoyan-{form}-{kind}.log", {**os.environ, "PYTHONPATH": path()})
+                environment = {"PYTHONPATH": path(), "HUOYAN_CUDA_KERNELS": "0" if reference else "1"}
+                run(command, given.out / f"huoyan-{form}-{kind}.log", {**os.environ, **environment})
                 ours[kind] = json.loads(out.read_text())
             found = compare(answers, ours[dtype], ours.get("float32"), given.factor)
-            report["formats"][form] = {"dtype": dtype, **found}
+            report["formats"][form] = {"dtype": dtype, "int4_list": given.int4_list, **found}
             show(form, dtype, found)
             (given.out / "agreement.json").write_text(json.dumps(report, indent=1))
     return int(not all(found["agrees"] for found in report["formats"].values()))
@@ -139,10 +157,11 @@ def compare(
     """
     apart: dict[str, list[float]] = {"huoyan to vllm": []}
     if reference is not None:
-        apart |= {"vllm to float32": [], "huoyan to float32": []}
+        apart |= {"vllm to float32": [], "huoyan to float32": [], DECODING: []}
     for request, answer in theirs.items():
         if ours[request]["prompt_token_ids"] != answer["prompt_token_ids"]:
             sys.exit(f"request {request}: the prompts' token ids differ")
+        alike = same_tokens(answer, ours[request])
         for step, peer in enumerate(answer["logprobs"]):
             own = ours[request]["led"][step]
             exact = None if reference is None else reference[request]["led"][step]
@@ -152,6 +171,10 @@ def compare(
                 if exact is not None and token in exact and token in own:
                     apart["vllm to float32"].append(abs(peer[token] - exact[token]))
                     apart["huoyan to float32"].append(abs(own[token] - exact[token]))
+                # The step that parts has the same tokens before it.
+                decoded = ours[request]["decoded"][step] if step <= alike else {}
+                if exact is not None and token in exact and token in decoded:
+                    apart[DECODING].append(abs(decoded[token] - exact[token]))
     steps = sum(len(answer["logprobs"]) for answer in theirs.values())
     measures = {
         name: {"rms": math.sqrt(sum(d * d for d in each) / len(each)), "largest": max(each)}
@@ -170,7 +193,7 @@ def compare(
     limit = LEAST_NOISE
     if reference is not None:
         limit = max(factor * measures["vllm to float32"]["rms"], LEAST_NOISE)
-        within = measures["huoyan to float32"]["rms"] <= limit
+        within = max(measures[name]["rms"] for name in ("huoyan to float32", DECODING)) <= limit
     else:
         within = True
     return {
@@ -186,15 +209,20 @@ def compare(
     }
 
 
+def same_tokens(answer: dict[str, Any], own: dict[str, Any]) -> int:
+    """Tokens of the two greedy answers before they part."""
+    pairs = list(zip(answer["token_ids"], own["token_ids"], strict=True))
+    return next((i for i, (theirs, ours) in enumerate(pairs) if theirs != ours), len(pairs))
+
+
 def parting(
     request: str, answer: dict[str, Any], ours: dict[str, Any], reference: dict[str, Any] | None
 ) -> dict[str, Any] | None:
     """Where two greedy answers part first, and how far apart the two tokens are there."""
-    pairs = zip(answer["token_ids"], ours[request]["token_ids"], strict=True)
-    at = next((i for i, (peer, own) in enumerate(pairs) if peer != own), None)
-    if at is None:
+    at = same_tokens(answer, ours[request])
+    if at == len(answer["token_ids"]):
         return None
-    likely = (reference or ours)[request]["led"][at]
+    likely = (ours if reference is None else reference)[request]["led"][at]
     tokens = (str(answer["token_ids"][at]), str(ours[request]["token_ids"][at]))
     # A token that is not even among the likeliest is no tie.
     gap = abs(likely[tokens[0]] - likely[tokens[1]]) if all(t in likely for t in tokens) else math.inf
@@ -204,7 +232,7 @@ def parting(
 def show(form: str, dtype: str, found: dict[str, Any]) -> None:
     print(f"{form} ({dtype}): {found['requests']} prompts, {found['steps']} steps, top {TOP}")
     for name, measure in found["measures"].items():
-        print(f"  {name:18} rms {measure['rms']:.2e}, largest {measure['largest']:.2e}")
+        print(f"  {name:20} rms {measure['rms']:.2e}, largest {measure['largest']:.2e}")
     if found["limit_rms"] is not None:
         print(f"  huoyan may be {found['limit_rms']:.2e} from float32")
     print(f"  vLLM's {TOP} likeliest that are among huoyan's: {100 * found['likeliest_seen']:.1f} %")
@@ -225,25 +253,31 @@ def child(job_file: Path, answers_file: Path, out: Path) -> int:
 
     job = json.loads(job_file.read_text())
     answers = json.loads(answers_file.read_text())["job"]["answers"]
-    greedy = SamplingParams(temperature=0, max_tokens=job["max_tokens"], ignore_eos=True)
+    greedy = SamplingParams(temperature=0, max_tokens=job["max_tokens"], logprobs=MORE, ignore_eos=True)
     read = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=MORE, ignore_eos=True)
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     with LLM(job["folder"], dtype=job["dtype"], max_model_len=job["max_model_len"], max_num_seqs=16) as llm:
         for request in job["requests"]:
+            answer = answers[request["id"]]
+            (led,) = llm.generate([_led(request, answer)], read, use_tqdm=False, raise_on_error=True)
+            read_of = found[request["id"]] = {
+                "led": _steps(led.prompt_logprobs[len(answer["prompt_token_ids"]) :])
+            }
+            if not job["answer"]:
+                continue
             if "question" in request:
                 (own,) = llm.chat(_conversation(request), greedy, use_tqdm=False)
             else:
-                (own,) = llm.generate([_prompt(request)], greedy, use_tqdm=False)
-            answer = answers[request["id"]]
-            (led,) = llm.generate([_led(request, answer)], read, use_tqdm=False)
-            steps = led.prompt_logprobs[len(answer["prompt_token_ids"]) :]
-            found[request["id"]] = {
-                "prompt_token_ids": own.prompt_token_ids,
-                "token_ids": own.outputs[0].token_ids,
-                "led": [{str(token): entry.logprob for token, entry in step.items()} for step in steps],
-            }
+                (own,) = llm.generate([_prompt(request)], greedy, use_tqdm=False, raise_on_error=True)
+            made = own.outputs[0]
+            read_of |= {"prompt_token_ids": own.prompt_token_ids, "token_ids": made.token_ids}
+            read_of["decoded"] = _steps(made.logprobs)
     out.write_text(json.dumps(found))
     return 0
+
+
+def _steps(steps: list[Any]) -> list[dict[str, float]]:
+    return [{str(token): entry.logprob for token, entry in step.items()} for step in steps]
 
 
 if __name__ == "__main__":
