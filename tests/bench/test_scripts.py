@@ -28,12 +28,15 @@ def script(name: str) -> ModuleType:
 
 
 agreement = script("full_size_agreement")
-vs_vllm = script("vs_vllm")
+rows = script("vs_vllm_rows")
+report = script("vs_vllm_report")
 LIKELY = 20
 STEPS = 12
 
 
-def answers(seed: int, noise: float, ours: float) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+def answers(
+    seed: int, noise: float, ours: float, decoding: float = 0.0
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """vLLM's, huoyan's and the reference's answers: noise on log-probabilities that are far from ties."""
     rng = random.Random(seed)
     theirs, own, exact = {}, {}, {}
@@ -45,7 +48,7 @@ def answers(seed: int, noise: float, ours: float) -> tuple[dict[str, Any], dict[
 
         ids = {"prompt_token_ids": [1, 2], "token_ids": [0] * STEPS}
         theirs[request] = {**ids, "logprobs": noisy(noise)}
-        own[request] = {**ids, "token_ids": [0] * STEPS, "led": noisy(ours)}
+        own[request] = {**ids, "token_ids": [0] * STEPS, "led": noisy(ours), "decoded": noisy(decoding)}
         exact[request] = {**ids, "led": reference}
     return theirs, own, exact
 
@@ -58,6 +61,8 @@ def test_noise_like_vllms_agrees_and_more_does_not(seed: int) -> None:
     assert same["measures"]["vllm to float32"]["rms"] == pytest.approx(0.1 / 12**0.5, rel=0.3)
     assert not agreement.compare(*answers(seed, 0.05, 0.15), 1.5)["agrees"]
     assert agreement.compare(*answers(seed, 0.05, 0.01), 1.5)["agrees"]
+    # The same prompts read well, but decoded badly.
+    assert not agreement.compare(*answers(seed, 0.05, 0.05, decoding=0.15), 1.5)["agrees"]
 
 
 def test_answers_part_at_ties_only(seed: int) -> None:
@@ -68,7 +73,8 @@ def test_answers_part_at_ties_only(seed: int) -> None:
     assert [(p["request"], p["step"], p["gap"]) for p in found["parted"]] == [("b", 4, 1.0)]
     # The same step, with the two tokens as good as equal.
     exact["b"]["led"][4]["1"] = exact["b"]["led"][4]["0"] - 0.001
-    own["b"]["led"][4]["1"] = theirs["b"]["logprobs"][4]["1"] = exact["b"]["led"][4]["1"]
+    for said in (own["b"]["led"], own["b"]["decoded"], theirs["b"]["logprobs"]):
+        said[4]["1"] = exact["b"]["led"][4]["1"]
     assert agreement.compare(theirs, own, exact, 1.5)["agrees"]
     own["b"]["token_ids"][4] = 99
     assert not agreement.compare(theirs, own, exact, 1.5)["agrees"]
@@ -88,32 +94,98 @@ def test_a_likeliest_that_is_not_seen_is_no_agreement(seed: int) -> None:
     assert not agreement.compare(theirs, own, exact, 1.5)["agrees"]
 
 
+def results(engine: str, form: str = "bf16", **more: Any) -> dict[str, Any]:
+    """What a results file holds."""
+    kept = dict.fromkeys(("cuda", "toy", "dummy", "alone"), False)
+    job = {"engine": engine, "form": form, "shape": "full", "sizes": {"prompt": 512}} | kept
+    return rows.new_results(job) | {"device": "GPU"} | more
+
+
 def test_ratios_are_above_one_where_huoyan_is_faster() -> None:
     theirs = {"decode_1_tok_s": 100.0, "beam3_step_ms": 30.0, "kv_in_24_GiB_tokens": 10.0, "ready_s": 80.0}
     ours = {"decode_1_tok_s": 150.0, "beam3_step_ms": 10.0, "kv_in_24_GiB_tokens": 5.0, "other_ms": 1.0}
-    found = vs_vllm.ratios({"bf16": {"vllm": {"values": theirs}, "huoyan": {"values": ours}}})
+    found = report.ratios({"bf16": {"vllm": {"values": theirs}, "huoyan": {"values": ours}}})
     assert found == {"bf16": {"decode_1_tok_s": 1.5, "beam3_step_ms": 3.0, "kv_in_24_GiB_tokens": 0.5}}
 
 
-def test_one_engine_that_fails_does_not_take_the_other(tmp_path: Path) -> None:
-    command = [sys.executable, str(REPOSITORY / "benchmarks" / "vs_vllm.py"), "--vllm-python", "/bin/false"]
-    command += ["--shape", "small", "--formats", "bf16", "--rows", "decode,four,memory", "--toy"]
-    done = subprocess.run(
-        [*command, "--out", str(tmp_path)],
+def test_parts_of_a_run_are_joined(tmp_path: Path) -> None:
+    """Each engine and format ran by itself; a measured number stands before a derived one."""
+    name = "kv_in_24_GiB_tokens"
+    theirs = {"decode_1_tok_s": 200.0, "decode_128_tok_s": 2e4, "beam3_step_ms": 28.0, name: 120_000}
+    parts = {
+        "vllm-bf16": results("vllm", values=theirs, notes={name: "derived"}, prompts={"text": 512}),
+        "vllm-bf16-memory": results("vllm", values={name: 121_000}),
+        "huoyan-bf16": results("huoyan", values={"decode_1_tok_s": 260.0}, prompts={"text": 513}),
+        "huoyan-bf16-memory": results("huoyan", values={name: 140_000}, device="another GPU"),
+        "vllm-int4": results("vllm", "int4", failed={"beams": "it did not"}),
+    }
+    for file, part in parts.items():
+        (tmp_path / f"{file}.json").write_text(json.dumps(part))
+    found = report.collect(tmp_path)
+    assert found["bf16"]["vllm"]["values"] == theirs | {name: 121_000}
+    assert found["bf16"]["vllm"]["notes"] == {}
+    assert report.ratios(found) == {"bf16": {"decode_1_tok_s": 1.3, name: 140 / 121}, "int4": {}}
+    lines = report.markdown(found).splitlines()
+    assert lines[0].count("|") == 8
+    assert [line.split(" | ")[0] for line in lines[2:6]] == [
+        "| decode, 1 sequence, tok/s",
+        "| decode, 128 sequences, tok/s",
+        "| a step of 3 beams behind a picture, ms",
+        "| KV cache inside 24 GiB, tokens",
+    ]
+    assert "| 121 000 | 140 000 | 1.16 | – | – | – |" in lines[5]
+    told = report.problems(found)
+    assert "int4, vllm, beams: it did not" in told
+    assert any("prompts of 512 tokens in vLLM and 513 here" in line for line in told)
+
+
+def test_another_device_is_told(tmp_path: Path) -> None:
+    for engine, device in (("vllm", "H200"), ("huoyan", "H100")):
+        part = results(engine, values={"ready_s": 1.0}, device=device)
+        (tmp_path / f"{engine}-bf16.json").write_text(json.dumps(part))
+    assert any("not the same device" in line for line in report.problems(report.collect(tmp_path)))
+
+
+def run(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(REPOSITORY / "benchmarks" / "vs_vllm.py"), "--shape", "small", "--toy"]
+    return subprocess.run(
+        [*command, "--formats", "bf16", "--out", str(out), *arguments],
         env=environment(CUDA_VISIBLE_DEVICES=""),
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+def test_one_engine_that_fails_does_not_take_the_other(tmp_path: Path) -> None:
+    done = run(tmp_path, "--vllm-python", "/bin/false", "--rows", "decode,four,memory")
     assert done.returncode == 1, done.stderr
     assert "vllm: it ended with 1" in done.stdout
-    report = json.loads((tmp_path / "vs_vllm.json").read_text())
-    engines = report["formats"]["bf16"]
+    engines = json.loads((tmp_path / "vs_vllm.json").read_text())["formats"]["bf16"]
     assert engines["vllm"]["values"] == {}
     assert "the process" in engines["vllm"]["failed"]
-    assert engines["huoyan"]["failed"] == {}
-    assert {"decode_1_tok_s", "four_pictures_first_token_ms"} == engines["huoyan"]["values"].keys() - {
-        "text_24_first_token_ms"
+    ours = engines["huoyan"]
+    assert ours["failed"] == {}
+    names = {"text_24_first_token_ms", "decode_1_tok_s", "four_pictures_first_token_ms"}
+    assert ours["values"].keys() == names
+    assert ours["prompts"]["text"] == 24
+    assert ours["toy"]
+    # A second command goes on with the rows that are not there.
+    before = ours["values"]["decode_1_tok_s"]
+    done = run(tmp_path, "--only", "huoyan", "--resume", "--rows", "decode,beams")
+    assert done.returncode == 0, done.stderr
+    ours = json.loads((tmp_path / "huoyan-bf16.json").read_text())
+    assert ours["values"]["decode_1_tok_s"] == before
+    assert ours["values"].keys() - names == {
+        f"beam3_{n}" for n in ("2_tokens_total_s", "6_tokens_total_s", "step_ms")
     }
-    assert engines["huoyan"]["prompts"]["text"] == 24
-    assert report["toy"]
+    assert ours["rows"] == ["decode", "four", "beams"]
+
+
+def test_a_run_whose_time_is_over_says_so(tmp_path: Path) -> None:
+    done = run(tmp_path, "--only", "huoyan", "--seconds", "1")
+    assert done.returncode == 1
+    assert (
+        "the time of this run was over"
+        in json.loads((tmp_path / "huoyan-bf16.json").read_text())["failed"]["the process"]
+    )

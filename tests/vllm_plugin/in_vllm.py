@@ -3,7 +3,8 @@
 usage: python in_vllm.py JOBS.json FOUND.json
 
 `configs`: folders whose config is read, each with and without trust in its code. `models`: folders that are
-loaded, with prompts to answer; `processes` gives vLLM its own; `forget` leaves the plugin's list of 16-bit modules out.
+loaded, with prompts to answer; `processes` gives vLLM its own; `forget` leaves the plugin's list of 16-bit modules out;
+`trust` runs the folder's Python files.
 """
 
 import gc
@@ -57,6 +58,7 @@ def run_model(job):
             skip_mm_profiling=True,
             enforce_eager=True,
             allowed_local_media_path="/",
+            trust_remote_code=job.get("trust", False),
         )
     except Exception as error:
         traceback.print_exc()
