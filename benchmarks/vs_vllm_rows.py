@@ -202,7 +202,9 @@ def derive_memory(llm: Any, job: dict[str, Any], values: dict[str, float]) -> di
     less = MEMORY_FRACTION * total_memory() - job["cap_gib"] * GIB
     name = memory_name(job["cap_gib"])
     values[name] = int(vllm_cache_tokens(llm) - less / token_bytes)
-    return {name: f"vLLM's: its cache at {MEMORY_FRACTION:g} of the card, less what that is above the cap"}
+    return {
+        name: f"vLLM's number is its cache at {MEMORY_FRACTION:g} of the card, less what that is above the cap"
+    }
 
 
 # -- the rows ------------------------------------------------------------------------------------------------
