@@ -31,7 +31,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve()
 ROOT = HERE.parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 TOP = 5
 DECODING = "decoding to float32"
 """The measure of huoyan's own answers, which its decode kernels made; the other two read them as a prompt."""

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -30,6 +31,7 @@ def script(name: str) -> ModuleType:
 agreement = script("full_size_agreement")
 rows = script("vs_vllm_rows")
 report = script("vs_vllm_report")
+vs_vllm = script("vs_vllm")
 LIKELY = 20
 STEPS = 12
 
@@ -144,6 +146,45 @@ def test_another_device_is_told(tmp_path: Path) -> None:
         part = results(engine, values={"ready_s": 1.0}, device=device)
         (tmp_path / f"{engine}-bf16.json").write_text(json.dumps(part))
     assert any("not the same device" in line for line in report.problems(report.collect(tmp_path)))
+
+
+def test_vllms_cache_under_the_cap_is_what_its_budget_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a card of 100 GiB: 90 - 24 GiB less, at 57 344 bytes a token."""
+    config = {
+        "hidden_size": 3584,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "num_hidden_layers": 28,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(rows, "total_memory", lambda: 100 << 30)
+    llm = MagicMock()
+    cache = llm.llm_engine.vllm_config.cache_config
+    cache.num_gpu_blocks, cache.block_size = 84_000, 16
+    values: dict[str, float] = {}
+    notes = rows.derive_memory(llm, {"folder": str(tmp_path), "cap_gib": 24}, values)
+    assert values == {"kv_in_24_GiB_tokens": int(84_000 * 16 - 66 * (1 << 30) / 57_344)}
+    assert notes.keys() == values.keys()
+
+
+def test_a_published_copy_names_the_code_and_keeps_the_rest(tmp_path: Path) -> None:
+    source, code = tmp_path / "source", tmp_path / "code"
+    source.mkdir()
+    code.mkdir()
+    (code / "configuration_minicpm.py").write_text("")
+    (source / "config.json").write_text('{"version": 2.6}')
+    (source / "preprocessor_config.json").write_text("{}")
+    (source / "model.safetensors").write_bytes(b"weights")
+    for version in (2.6, 4.0):
+        # Twice: a copy of an earlier run is made anew.
+        folder = vs_vllm.published(source, tmp_path / "copy", code, version=version)
+        assert (folder / "model.safetensors").resolve() == source / "model.safetensors"
+        config = json.loads((folder / "config.json").read_text())
+        assert config == {"version": version, "auto_map": vs_vllm.AUTO_MAPS["config.json"]}
+        assert (folder / "configuration_minicpm.py").exists()
+    assert json.loads((source / "config.json").read_text()) == {"version": 2.6}
 
 
 def run(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
