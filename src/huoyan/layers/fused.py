@@ -9,7 +9,10 @@ from huoyan.layers.norm import RMSNorm
 
 
 def add_norm(norm: RMSNorm, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(norm(x + residual), x + residual) for [T, width]; without a residual the second is x."""
+    """(norm(x + residual), x + residual) for [T, width]; without a residual the second is x.
+
+    On CUDA x may be float32 parts, [S, T, width], whose sum is meant.
+    """
     if _use_kernel(x):
         from huoyan.kernels.add_rms_norm import add_rms_norm
 
@@ -29,6 +32,4 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 
 def _use_kernel(x: Tensor) -> bool:
-    return (
-        x.is_cuda and x.dim() == 2 and x.is_contiguous() and not (torch.is_grad_enabled() and x.requires_grad)
-    )
+    return x.is_cuda and x.is_contiguous() and not (torch.is_grad_enabled() and x.requires_grad)
