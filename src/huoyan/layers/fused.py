@@ -21,12 +21,15 @@ def add_norm(norm: RMSNorm, x: Tensor, residual: Tensor | None) -> tuple[Tensor,
     return norm(total), total
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up of the halves of [T, 2 width] -> [T, width]."""
+def silu_mul(gate_up: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """silu(gate) * up of the halves of [T, 2 width] -> [T, width].
+
+    On CUDA gate_up may be float32 parts, [S, T, 2 width], whose sum is meant; `dtype` is then that of the result.
+    """
     if _use_kernel(gate_up):
         from huoyan.kernels import silu_mul as kernel
 
-        return kernel.silu_mul(gate_up)
+        return kernel.silu_mul(gate_up, dtype)
     gate, up = gate_up.chunk(2, dim=-1)
     return torch.nn.functional.silu(gate) * up
 

@@ -114,14 +114,15 @@ class Int4Linear(nn.Module):
     def parts(self, x: Tensor) -> Tensor:
         """See `huoyan.layers.linear.Linear.parts`."""
         if self.packing != "words" or not self._few(x):
-            return self(x)
+            whole: Tensor = self(x)
+            return whole
         from huoyan.kernels.int4_matmul import int4_matmul
 
         return int4_matmul(x, self.packed, self.meta, parts=True)
 
     def gated(self, x: Tensor) -> Tensor:
         """See `huoyan.layers.linear.Linear.gated`."""
-        return silu_mul(self(x))
+        return silu_mul(self.parts(x), x.dtype)
 
     def _few(self, x: Tensor) -> bool:
         from huoyan.kernels.int4_matmul import MAX_ROWS
