@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 _WARM_STEPS = 100
-_FLAT_UNTIL = 0.35
+_FLAT_UNTIL = 0.3
+_HEAD_START = 300
 
 
 def learning_rate_scale(step: int, progress: float) -> float:
@@ -14,9 +15,14 @@ def learning_rate_scale(step: int, progress: float) -> float:
     return warm * min(1.0, max(0.0, (1 - progress) / (1 - _FLAT_UNTIL)))
 
 
+def head_start(step: int) -> float:
+    """Of the auxiliary losses at the start of a run: heads that know nothing learn before they may teach."""
+    return 0.003 if step < _HEAD_START else 1.0
+
+
 def auxiliary_scale(progress: float) -> float:
     """Seeing is taught first; in the end only answers count."""
-    return max(0.05, 1.0 - progress / 0.8)
+    return 0.5 * max(0.1, 1.0 - progress / 0.8)
 
 
 def family_weights(

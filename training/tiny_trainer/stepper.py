@@ -1,0 +1,126 @@
+"""One training step after the other, as one CUDA graph where that works."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tiny_trainer.fixed import FixedBatch, Shape
+from tiny_trainer.optimizer import RATES
+from tiny_trainer.pool import Pool
+from tiny_trainer.trainer import Trainer
+
+_STAGES = 4
+_AHEAD = 2
+
+
+class Stepper:
+    """Owns a step's inputs on the device, and the host's memory they are sent from.
+
+    `stage()` gives the memory for the next batch, `step` learns from it. The host stays at most two steps ahead of the
+    device, so that the clock tells the truth and no memory is written that is still being sent.
+    """
+
+    def __init__(self, trainer: Trainer, pool: Pool, shape: Shape, log: Callable[[str], None]) -> None:
+        self.trainer, self.pool, self.shape, self.log = trainer, pool, shape, log
+        device = trainer.device
+        self.cuda = device.type == "cuda"
+        self.packed = self.cuda
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.count = 0
+        total = shape.numbers + len(RATES) + 1
+        self.stages = [torch.zeros(total, dtype=torch.int32, pin_memory=self.cuda) for _ in range(_STAGES)]
+        self.inputs = torch.zeros(total, dtype=torch.int32, device=device)
+        self.batch = FixedBatch.of(self.inputs[: shape.numbers], shape)
+        self.rates: Tensor = self.inputs[shape.numbers :].view(torch.float32)
+        self._running: list[torch.cuda.Event] = []
+
+    def stage(self) -> NDArray[np.int32]:
+        """Memory for the next batch, [shape.numbers]."""
+        return self.stages[self.count % _STAGES].numpy()[: self.shape.numbers]
+
+    def step(self, *, scale: float, auxiliary: float) -> None:
+        """Learn from what `stage` was filled with, at `scale` times the learning rates."""
+        self._send(scale, auxiliary)
+        self.count += 1
+        if self.graph is not None:
+            self.graph.replay()
+        else:
+            self._learn()
+        if self.cuda:
+            event = torch.cuda.Event()
+            event.record()
+            self._running.append(event)
+            if len(self._running) > _AHEAD:
+                self._running.pop(0).synchronize()
+
+    def _send(self, scale: float, auxiliary: float) -> None:
+        stage = self.stages[self.count % _STAGES]
+        rates = [*self.trainer.optimizer.rates(self.count + 1, scale), auxiliary]
+        stage[self.shape.numbers :].view(torch.float32).numpy()[:] = rates
+        self.inputs.copy_(stage, non_blocking=True)
+
+    def _learn(self) -> None:
+        self.trainer.learn(self.pool, self.shape, self.batch, self.rates, packed=self.packed)
+
+    def prepare(self) -> None:
+        """Find the fastest way that works here, on the batch that is staged; nothing is learned by it.
+
+        On CUDA: one graph of the whole step, else its kernels one by one; with torch's attention for packed sequences,
+        else padded. What fails is logged and left.
+        """
+        ways = [(True, True), (False, True), (True, False), (False, False)] if self.cuda else [(False, False)]
+        for packed, graphed in ways:
+            self.packed, self.graph = packed, None
+            try:
+                self._send(scale=0.0, auxiliary=1.0)
+                self._try(graphed)
+            except Exception as error:
+                how = f"{'packed' if packed else 'padded'} {'in a graph' if graphed else 'one by one'}"
+                if (packed, graphed) == ways[-1]:
+                    raise
+                self.log(f"a step ({how}) fails here: {type(error).__name__}: {str(error)[:300]!r}")
+            else:
+                break
+        self.trainer.optimizer.forget()
+        self.trainer.read_log()
+
+    def _try(self, graphed: bool) -> None:
+        if graphed:
+            self.graph = self._capture()
+        seconds = []
+        for _ in range(3 if self.cuda else 1):
+            begin = time.monotonic()
+            if self.graph is not None:
+                self.graph.replay()
+            else:
+                self._learn()
+            if self.cuda:
+                torch.cuda.synchronize()
+            seconds.append(time.monotonic() - begin)
+        losses = self.trainer.read_log()[0]
+        if not all(np.isfinite(value) for value in losses.values()):
+            raise RuntimeError(f"losses that are not numbers: {losses}")
+        way = ("packed" if self.packed else "padded") + (", one graph" if self.graph else "")
+        self.log(f"a step takes {1000 * min(seconds):.1f} ms ({way}); losses {losses}")
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        # Gradients are to be made on the stream of the capture, so the steps before it run there too.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self._learn()
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        for p in self.trainer.optimizer.parameters:
+            p.grad = None
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            self._learn()
+        return graph
