@@ -50,9 +50,9 @@ def parse_arguments() -> argparse.Namespace:
     p.add_argument(
         "--keep", type=Path, help="also keep checkpoint.tar, eval.json and log.txt here, all along"
     )
-    p.add_argument("--batch", type=int, help="examples a step, about (default 224 on cuda, 8 on the CPU)")
-    p.add_argument("--matrix-lr", type=float, default=3e-3, help="Muon's learning rate")
-    p.add_argument("--adam-lr", type=float, default=1.5e-3, help="AdamW's learning rate")
+    p.add_argument("--batch", type=int, help="examples a step, about (default 160 on cuda, 8 on the CPU)")
+    p.add_argument("--matrix-lr", type=float, default=4e-3, help="Muon's learning rate")
+    p.add_argument("--adam-lr", type=float, default=1.2e-3, help="AdamW's learning rate")
     p.add_argument(
         "--pool-gb", type=float, help="device memory for drawn examples (default: 40 % on cuda, 1)"
     )
@@ -93,7 +93,7 @@ def run(a: argparse.Namespace) -> None:
     cuda = device_name == "cuda"
     end = _START + 60 * a.minutes
     eval_seconds = a.eval_seconds if a.eval_seconds is not None else (45.0 if cuda else 0.1 * 60 * a.minutes)
-    batch = a.batch or (224 if cuda else 8)
+    batch = a.batch or (160 if cuda else 8)
     for folder in filter(None, (a.out, a.keep)):
         folder.mkdir(parents=True, exist_ok=True)
     log = Log([folder / "log.txt" for folder in (a.out, a.keep) if folder], _START)
@@ -166,9 +166,12 @@ def run(a: argparse.Namespace) -> None:
             trainer, stepper, trainer.packer(shape), workers, pool, builder, glance, base,
             tokenizer_folder=tokenizer_folder, out=a.out, keep=a.keep, log=log,
         )  # fmt: skip
-        loop.fill(max(2 * batch, 64) if a.workers else 8, timeout=120)
+        loop.fill(16 * batch if a.workers else 8, timeout=120)
         loop.stage(base)
         stepper.prepare()
+        begin = time.monotonic()
+        loop.predict([item.prompted for item in glance[:16]])
+        log(f"first answers take {time.monotonic() - begin:.1f} s")
         begin = time.monotonic()
         plan = Plan(
             begin,

@@ -268,7 +268,7 @@ def test_padding_changes_no_loss(trainer, recorder, seed):
         with torch.no_grad():
             losses = compute_losses(
                 trainer.model, trainer.heads, stepper.batch, shape, trainer.tables, stepper.pool.patches,
-                stepper.pool.marks, packed=False, families=len(trainer.families),
+                stepper.pool.marks, families=len(trainer.families),
             )  # fmt: skip
         found.append([losses.answers, losses.patches, losses.queries, *losses.by_family.flatten()])
     torch.testing.assert_close(torch.stack(found[0]), torch.stack(found[1]), atol=1e-4, rtol=1e-4)
@@ -399,7 +399,6 @@ def test_pool_gives_back_what_was_put_in_also_after_wrapping(recorder, seed):
     pool = Pool(rows, PIXELS, CHANNELS, torch.device("cpu"), 0)
     for _ in range(4):
         pool.add(workers.take(0), workers)
-    assert sum(not k.gone for k in pool.order) == len(pool.order) < 32
     for kept in (pool.pick({"exists": 1.0}) for _ in range(6)):
         expected, own = made[int(kept.record.ids[0])], slice(kept.start, kept.start + kept.count)
         assert np.array_equal(pool.patches[own].numpy(), expected.patches)

@@ -56,7 +56,7 @@ def focus_of(scene: Scene, split: str) -> Group | None:
 
 def single(dice: Random, family: str, split: str) -> Example:
     while True:
-        scene = draw_scene(dice, split, many=family == "count")
+        scene = draw_scene(dice, split, many=family == "count" or (split == "train" and dice.random() < 0.25))
         focus = focus_of(scene, split)
         turns = ask_several(scene, {family: 1.0}, dice, 1, focus)
         if not turns:

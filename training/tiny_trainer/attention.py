@@ -62,6 +62,28 @@ class RowsAttention:
         return torch.cat([part(layer, *own) for part, *own in cut])
 
 
+class RotatingRowsAttention(RowsAttention):
+    """The same with the rotation of queries and keys in one kernel; cos and sin as `RotaryTable.lookup` gives them."""
+
+    def __init__(
+        self,
+        branch: Tensor,
+        owner: Tensor,
+        rows: Sequence[tuple[int, int]],
+        dtype: torch.dtype,
+        rotation: tuple[Tensor, Tensor],
+        heads: tuple[int, int],
+    ) -> None:
+        super().__init__(branch, owner, rows, dtype)
+        self.rotation, self.heads = rotation, heads
+
+    def rotate_and_attend(self, layer: int, qkv: Tensor) -> Tensor:
+        from tiny_trainer.fused_steps import split_rotated
+
+        q, k, v = split_rotated(qkv, *self.rotation, *self.heads)
+        return self(layer, q, k, v).flatten(1)
+
+
 class CachedAttention:
     """The decoder's `attend` while answering: B rows, right-padded prompts, then one token a row and step.
 

@@ -16,6 +16,7 @@ from tiny_trainer.evaluation import by_family, by_task
 from tiny_trainer.export import export, pack
 from tiny_trainer.fixed import Packer
 from tiny_trainer.generate import Prompted, greedy_answers
+from tiny_trainer.plain import use_plain_operators
 from tiny_trainer.pool import Kept, Pool
 from tiny_trainer.sequences import SequenceBuilder
 from tiny_trainer.state import save_state
@@ -112,11 +113,20 @@ class Loop:
     def predict(self, prompted: Sequence[Prompted]) -> list[list[str]]:
         """Greedy answers of the averaged weights."""
         self.trainer.optimizer.show_averages()
-        self.trainer.model.eval()
-        answers = greedy_answers(self.trainer.model, prompted, self.trainer.slot_id, self.builder.stop_id)
-        self.trainer.model.train()
+        try:
+            answers = self._answers(prompted)
+        except Exception as error:
+            self.log(
+                f"answering with our kernels fails here ({type(error).__name__}: {str(error)[:200]!r}): without"
+            )
+            use_plain_operators()
+            answers = self._answers(prompted)
         self.trainer.optimizer.show_masters()
         return [[self.builder.decode(ids) for ids in rows] for rows in answers]
+
+    def _answers(self, prompted: Sequence[Prompted]) -> list[list[list[int]]]:
+        model, slot_id = self.trainer.model, self.trainer.slot_id
+        return greedy_answers(model, prompted, slot_id, self.builder.stop_id)
 
     def save(self) -> None:
         """The averaged weights, as a checkpoint in `out/checkpoint` (and packed in `keep`)."""

@@ -2,19 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from huoyan.models import qwen2
 from huoyan.models.minicpmv import MiniCPMV
 from huoyan.models.patches import normalise
-from tiny_trainer.attention import RowsAttention
+from tiny_trainer.attention import RotatingRowsAttention, RowsAttention
 from tiny_trainer.auxiliary import AuxiliaryHeads
 from tiny_trainer.fixed import QUERIES, FixedBatch, Shape
 from tiny_trainer.grids import GridTables
 from tiny_trainer.slice_attention import SliceAttention
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a step is computed; the result is the same but for rounding.
+
+    Attributes:
+        packed: by torch's attention for packed sequences, which only CUDA has and only in 16 bits; else padded.
+        fused: with `tiny_trainer.fused_steps`.
+        graphed: as one CUDA graph; of no concern here.
+    """
+
+    packed: bool = False
+    fused: bool = False
+    graphed: bool = False
+
+
+PLAIN = Way()
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,14 +74,37 @@ def see(
     return seen, resampler.ln_post(resampler.attn.out_proj(out.flatten(1))) @ resampler.proj
 
 
-def hidden_states(model: MiniCPMV, batch: FixedBatch, shape: Shape, embeddings: Tensor) -> Tensor:
+def hidden_states(
+    model: MiniCPMV, batch: FixedBatch, shape: Shape, embeddings: Tensor, way: Way = PLAIN
+) -> Tensor:
     """embeddings [slices * QUERIES, hidden] -> [tokens, hidden]."""
     x = model.embed(batch.ids.long())
     # What belongs to no example goes to a row that is cut off again.
     x = torch.cat((x, x.new_zeros(1, x.shape[1])))
     x = x.index_copy(0, batch.slots.long(), embeddings.to(x.dtype))[:-1]
-    attend = RowsAttention(batch.branch, batch.owner, shape.rows, x.dtype)
-    return model.decoder(x, batch.positions.long(), attend)
+    positions = batch.positions.long()
+    if not way.fused:
+        return model.decoder(x, positions, RowsAttention(batch.branch, batch.owner, shape.rows, x.dtype))
+    text = model.config.text
+    cos, sin = model.llm.model.rotary.lookup(positions)
+    rotation = (cos.contiguous(), sin.contiguous())
+    heads = (text.num_attention_heads, text.num_key_value_heads)
+    attend = RotatingRowsAttention(batch.branch, batch.owner, shape.rows, x.dtype, rotation, heads)
+    with fused_silu_mul():
+        return model.decoder(x, positions, attend)
+
+
+@contextmanager
+def fused_silu_mul() -> Iterator[None]:
+    """Inside, the decoder's MLP has a kernel that gradients flow through."""
+    from tiny_trainer.fused_steps import silu_mul
+
+    plain = qwen2.silu_mul
+    qwen2.silu_mul = silu_mul
+    try:
+        yield
+    finally:
+        qwen2.silu_mul = plain
 
 
 def compute_losses(
@@ -72,18 +116,18 @@ def compute_losses(
     pool_patches: Tensor,
     pool_marks: Tensor,
     *,
-    packed: bool,
     families: int,
+    way: Way = PLAIN,
 ) -> Losses:
     """Of a batch whose pictures lie in the pool's rows, as uint8 [rows, pixels] and [rows, channels]."""
-    attend = SliceAttention(batch.starts, shape.patches, QUERIES, packed=packed)
+    attend = SliceAttention(batch.starts, shape.patches, QUERIES, packed=way.packed)
     real_slice = batch.sources >= 0
     real = real_slice.index_select(0, attend.slice_of)
     rows = batch.sources.clamp(min=0).long().index_select(0, attend.slice_of) + attend.offset
     patches = normalise(pool_patches.index_select(0, rows), model.norm_mean, model.norm_std, model.dtype)
     marks = pool_marks.index_select(0, rows)
     seen, embeddings = see(model, patches, batch, tables, attend)
-    hidden = hidden_states(model, batch, shape, embeddings)
+    hidden = hidden_states(model, batch, shape, embeddings, way)
     # The next token of a row's last place is another row's first: nothing is trained there.
     targets = batch.ids.roll(-1).long()
     weighted = cross_entropy(model.logits(hidden), targets, reduction="none") * batch.weights

@@ -18,7 +18,7 @@ from tiny_trainer.auxiliary import AuxiliaryHeads, Classes
 from tiny_trainer.fixed import FixedBatch, Packer, Shape
 from tiny_trainer.grids import GridTables
 from tiny_trainer.initial import initialise
-from tiny_trainer.losses import compute_losses
+from tiny_trainer.losses import Way, compute_losses
 from tiny_trainer.optimizer import Optimizer
 from tiny_trainer.pool import Pool
 
@@ -70,16 +70,15 @@ class Trainer:
         self.totals = torch.zeros(len(families), 2, device=device)
         self.sums = torch.zeros(5, device=device)
 
-    def learn(self, pool: Pool, shape: Shape, batch: FixedBatch, rates: Tensor, *, packed: bool) -> None:
+    def learn(self, pool: Pool, shape: Shape, batch: FixedBatch, rates: Tensor, way: Way) -> None:
         """Learn from a batch of the pool's examples. Nothing here waits for the device.
 
         Args:
             rates: float32 on the device, the optimizer's RATES, then the weight of the auxiliary losses.
-            packed: by torch's attention for packed sequences, which only CUDA has in 16 bits.
         """
         result = compute_losses(
             self.model, self.heads, batch, shape, self.tables, pool.patches, pool.marks,
-            packed=packed, families=len(self.families),
+            families=len(self.families), way=way,
         )  # fmt: skip
         loss = result.answers + rates[-1] * (result.patches + result.queries)
         for p in self.optimizer.parameters:
