@@ -97,7 +97,7 @@ def run(a: argparse.Namespace) -> None:
     for folder in filter(None, (a.out, a.keep)):
         folder.mkdir(parents=True, exist_ok=True)
     log = Log([folder / "log.txt" for folder in (a.out, a.keep) if folder], _START)
-    log(f"device {device_name}, {a.workers} workers, seed {a.seed}, {a.minutes} minutes, batch {batch}")
+    log(f"device {device_name}, {a.workers} workers, batch {batch}, {vars(a)}")
 
     tokenizer_folder = a.out / "tokenizer"
     ready = a.init or a.tokenizer
@@ -164,7 +164,7 @@ def run(a: argparse.Namespace) -> None:
         stepper = Stepper(trainer, pool, shape, log)
         loop = Loop(
             trainer, stepper, trainer.packer(shape), workers, pool, builder, glance, base,
-            tokenizer_folder=tokenizer_folder, out=a.out, keep=a.keep, log=log,
+            tokenizer_folder=tokenizer_folder, out=a.out, keep=a.keep, log=log, auxiliary=a.auxiliary,
         )  # fmt: skip
         loop.fill(16 * batch if a.workers else 8, timeout=120)
         loop.stage(base)

@@ -29,7 +29,8 @@ from tiny_trainer.export import export
 from tiny_trainer.fixed import QUERIES, Shape
 from tiny_trainer.generate import Prompted, greedy_answers
 from tiny_trainer.grids import GridTables
-from tiny_trainer.losses import compute_losses, see
+from tiny_trainer.loop import Plan
+from tiny_trainer.losses import PLAIN, compute_losses, see
 from tiny_trainer.optimizer import orthogonalise
 from tiny_trainer.pictures import CHANNELS, paint
 from tiny_trainer.pool import Pool
@@ -39,7 +40,7 @@ from tiny_trainer.sequences import SequenceBuilder
 from tiny_trainer.shape import write_configs
 from tiny_trainer.slice_attention import SliceAttention
 from tiny_trainer.state import load_state, save_state
-from tiny_trainer.stepper import Stepper
+from tiny_trainer.stepper import WAYS, Stepper
 from tiny_trainer.trainer import Trainer
 from tiny_trainer.workers import PIXELS, Delivery, Workers
 
@@ -296,6 +297,33 @@ def test_an_unfinished_training_goes_on_from_its_files(folder, recorder, tmp_pat
         load_state(second.optimizer, tmp_path)
 
 
+def test_a_way_that_fails_or_differs_is_logged_and_left(folder, recorder, monkeypatch):
+    """As on a GPU where no graph can be made, torch's packed attention is missing and one kernel is wrong."""
+    trainer = make_trainer(folder, recorder)
+    stepper = staged(trainer, in_pool([recorder.encode(*small_example(1))]))
+    lines = []
+    stepper.cuda, stepper.log = True, lines.append
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(stepper, "_capture", lambda: 1 / 0)
+    plain, tried = trainer.learn, []
+
+    def learn(pool, shape, batch, rates, way):
+        tried.append(way)
+        if way.packed and not way.fused:
+            raise NotImplementedError("no such operator")
+        plain(pool, shape, batch, rates, PLAIN)
+        trainer.sums[0] += way.fused
+
+    monkeypatch.setattr(trainer, "learn", learn)
+    stepper.prepare()
+    assert stepper.way == PLAIN
+    assert stepper.graph is None
+    assert set(tried) == {PLAIN, *(way for way in WAYS if not way.graphed)}
+    assert sum("fails here: ZeroDivisionError" in line for line in lines) == sum(way.graphed for way in WAYS)
+    assert sum("answers is" in line for line in lines) == 1
+    assert sum("no such operator" in line for line in lines) == 1
+
+
 def test_no_rate_no_change(folder, recorder):
     trainer = make_trainer(folder, recorder)
     before = [m.clone() for m in trainer.optimizer.masters]
@@ -460,6 +488,9 @@ def test_schedules():
     assert learning_rate_scale(0, 0.0) < 0.05
     assert learning_rate_scale(1000, 0.1) == 1.0
     assert learning_rate_scale(1000, 1.0) == 0.0
+    plan = Plan(start=100.0, end=200.0, first=0.5, last=0.9, max_steps=10)
+    assert plan.progress(plan.done(150.0, 0)) == pytest.approx(0.7)
+    assert plan.progress(plan.done(101.0, 10)) == pytest.approx(0.9)
     weights = family_weights({"a": 0.5, "b": 0.5}, {"a": 0.99, "b": 0.4}, 0.5)
     assert weights["b"] > 2 * weights["a"]
     assert sum(weights.values()) == pytest.approx(1.0)

@@ -103,6 +103,7 @@ class Loop:
     steps: int = 0
     examples: int = 0
     reached: float = 0.0
+    auxiliary: float = 1.0
     most: int = 1024
     waiting: deque[Kept] = field(default_factory=deque)
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -193,7 +194,9 @@ class Loop:
                 packed = time.monotonic()
                 self.stepper.step(
                     scale=schedule.learning_rate_scale(self.steps, progress),
-                    auxiliary=schedule.auxiliary_scale(progress) * schedule.head_start(self.steps),
+                    auxiliary=self.auxiliary
+                    * schedule.auxiliary_scale(progress)
+                    * schedule.head_start(self.steps),
                 )
                 self.steps += 1
                 self.examples += self.packer.examples

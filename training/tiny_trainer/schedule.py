@@ -22,7 +22,7 @@ def head_start(step: int) -> float:
 
 def auxiliary_scale(progress: float) -> float:
     """Seeing is taught first; in the end only answers count."""
-    return 0.5 * max(0.1, 1.0 - progress / 0.8)
+    return max(0.05, 1.0 - progress / 0.8)
 
 
 def family_weights(

@@ -128,6 +128,7 @@ class Stepper:
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         # Gradients are to be made on the stream of the capture, so the steps before it run there too.
+        torch.cuda.empty_cache()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
