@@ -77,8 +77,10 @@ def make_trainer(folder, recorder, **changes):
 
 def in_pool(records, seed=0):
     pool = Pool(4096, PIXELS, CHANNELS, torch.device("cpu"), seed)
-    # Rows that padding reads hold anything; it must not matter.
+    # The first rows, which padding reads, hold anything; it must not matter.
+    pool.head = 300
     pool.patches.random_(0, 256)
+    pool.marks.random_(0, 256)
     patches, marks = (np.concatenate([getattr(r, name) for r in records]) for name in ("patches", "marks"))
     pool.add(Delivery(records, -1, patches, marks), Workers(0, lambda *_: records[0], {"x": 1.0}, seed))
     return pool

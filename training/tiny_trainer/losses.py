@@ -125,7 +125,8 @@ def compute_losses(
     real = real_slice.index_select(0, attend.slice_of)
     rows = batch.sources.clamp(min=0).long().index_select(0, attend.slice_of) + attend.offset
     patches = normalise(pool_patches.index_select(0, rows), model.norm_mean, model.norm_std, model.dtype)
-    marks = pool_marks.index_select(0, rows)
+    # What padding reads was never written, or is another example's: no class at all.
+    marks = pool_marks.index_select(0, rows) * real[:, None]
     seen, embeddings = see(model, patches, batch, tables, attend)
     hidden = hidden_states(model, batch, shape, embeddings, way)
     # The next token of a row's last place is another row's first: nothing is trained there.
