@@ -96,11 +96,14 @@ class Engine:
             model.device,
             self.config.kv_cache_dtype,
         )
-        graphs = None
+        graphs = prefills = None
         if has_fused_attention(model, cache.format.name) and not self.config.enforce_eager:
             from huoyan.engine.decode_graph import DecodeGraphs
+            from huoyan.engine.prefill_graph import PrefillGraphs
 
-            graphs = DecodeGraphs(model, cache, self.config.max_num_seqs, self.size.max_model_len)
+            pool = torch.cuda.graph_pool_handle()
+            graphs = DecodeGraphs(model, cache, self.config.max_num_seqs, self.size.max_model_len, pool)
+            prefills = PrefillGraphs(model, cache, pool)
         self.runner = Runner(
             model,
             cache,
@@ -108,6 +111,7 @@ class Engine:
             self.config.max_encoder_slices,
             self.size.limits.encoder_patches,
             graphs=graphs,
+            prefills=prefills,
         )
         self.scheduler.encodes_beside = self.runner.encoder.runs_beside
         stops = frozenset(self._stop_token_ids) | (

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from huoyan.engine.in_flight import InFlight
     from huoyan.engine.kv_cache import KVCache
     from huoyan.engine.picture_cache import PictureCache
+    from huoyan.engine.prefill_graph import PrefillGraphs
     from huoyan.engine.schedule import Chunk, Schedule
     from huoyan.media.types import PreparedPicture
     from huoyan.models.minicpmv import MiniCPMV
@@ -70,8 +71,9 @@ class Runner:
         max_encoder_patches: int,
         *,
         graphs: DecodeGraphs | None = None,
+        prefills: PrefillGraphs | None = None,
     ) -> None:
-        """`graphs`: decode steps captured as CUDA graphs; without them every step is launched kernel by kernel."""
+        """`graphs`, `prefills`: steps captured as CUDA graphs; without them every step is launched kernel by kernel."""
         self.model = model
         self.cache = cache
         self.pictures = pictures
@@ -82,6 +84,7 @@ class Runner:
         self.device = cache.device
         self._fused = has_fused_attention(model, cache.format.name)
         self._graphs = graphs
+        self._prefill_graphs = prefills
         self._workspace = Workspace()
         self.copied_blocks = 0
         """Copies on write so far."""
@@ -128,7 +131,9 @@ class Runner:
         x = self.model.embed(token_ids)
         if schedule.prefills:
             self._place_pictures(batch, x)
-        hidden = self.model.decoder(x, self._to_device(batch.positions), self._attention(batch, x.dtype))
+        hidden = None if self._prefill_graphs is None else self._prefill_graphs.run(batch, x)
+        if hidden is None:
+            hidden = self.model.decoder(x, self._to_device(batch.positions), self._attention(batch, x.dtype))
         rows = self._to_device(wanted)
         out = ForwardOutput(batch.sampling, self.model.logits(hidden.index_select(0, rows)))
         for i in range(batch.num_decodes, len(batch.chunks)):
@@ -154,9 +159,8 @@ class Runner:
 
         text = self.model.config.text
         table = self.model.llm.model.rotary.table(self.device)
-        return CudaAttention(
-            self.cache, batch, StepTensors(batch, self.device), table, text.num_attention_heads
-        )
+        tensors = StepTensors(batch, self.device)
+        return CudaAttention(self.cache, batch, tensors, table, text.num_attention_heads, dtype)
 
     def _encode(self, pictures: list[PreparedPicture]) -> None:
         encoded, ready = self.encoder.encode(pictures)
