@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from huoyan.engine.batch import Batch
+    from huoyan.engine.beam_moves import BeamMoves
     from huoyan.engine.kv_cache import KVCache
     from huoyan.models.minicpmv import MiniCPMV
 
@@ -43,10 +44,12 @@ class DecodeGraphs:
         """Whether the step is decodes only, and few enough."""
         return batch.num_decodes == len(batch.chunks) <= self._sizes[-1]
 
-    def run(self, batch: Batch, late: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def run(
+        self, batch: Batch, late: tuple[Tensor, Tensor] | None = None, moves: BeamMoves | None = None
+    ) -> Tensor:
         """float32 [decodes, vocab], a row for each of the batch's tokens; valid until the next run.
 
-        `late`: rows and ids, int64 [N] each, of tokens that only the device knows.
+        `late`: rows and ids, int64 [N] each, of tokens that only the device knows; `moves`: beams that only it knows.
         """
         count = len(batch.chunks)
         size = next(s for s in self._sizes if s >= count)
@@ -55,7 +58,7 @@ class DecodeGraphs:
             graph.capture(self._pool)
             self._pool = graph.pool
             self._graphs[size] = graph
-        return self._graphs[size].replay(batch, late)[:count]
+        return self._graphs[size].replay(batch, late, moves)[:count]
 
 
 class _Graph:
@@ -92,7 +95,9 @@ class _Graph:
         with torch.cuda.graph(self._graph, pool=pool):  # type: ignore[arg-type]  # the stub names a private type
             self._forward()
 
-    def replay(self, batch: Batch, late: tuple[Tensor, Tensor] | None) -> Tensor:
+    def replay(
+        self, batch: Batch, late: tuple[Tensor, Tensor] | None, moves: BeamMoves | None = None
+    ) -> Tensor:
         count = len(batch.chunks)
         # The last copy must have read the host's rows before they change.
         self._copied.synchronize()
@@ -106,6 +111,9 @@ class _Graph:
         self._copied.record()
         if late is not None:
             self._inputs[:, 0].index_copy_(0, late[0], late[1].to(torch.int32))
+        if moves is not None:
+            tokens, positions, slots = self._inputs[:, :3].unbind(1)
+            moves.apply(tokens, positions, slots, self._inputs[:, 4:])
         self._graph.replay()
         return self._logits
 

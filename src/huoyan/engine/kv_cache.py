@@ -115,13 +115,15 @@ class KVCache:
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks (source, destination) in all layers. No destination may be a source."""
-        if not pairs:
-            return
-        for first in range(0, len(pairs), COPIED_BLOCKS):
-            part = zip(*pairs[first : first + COPIED_BLOCKS], strict=True)
-            sources, targets = (torch.tensor(side, device=self.device) for side in part)
+        if pairs:
+            self.copy(*(torch.tensor(side, device=self.device) for side in zip(*pairs, strict=True)))
+
+    def copy(self, sources: Tensor, targets: Tensor) -> None:
+        """The same of int64 [N] each on the device. A block may be copied to itself."""
+        for first in range(0, len(sources), COPIED_BLOCKS):
+            part = slice(first, first + COPIED_BLOCKS)
             for tensor in (*self.keys.tensors, *self.values.tensors):
-                tensor.index_copy_(1, targets, tensor.index_select(1, sources))
+                tensor.index_copy_(1, targets[part], tensor.index_select(1, sources[part]))
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

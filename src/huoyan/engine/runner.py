@@ -10,6 +10,7 @@ import torch
 
 from huoyan.engine.attention import PagedAttention, Workspace
 from huoyan.engine.batch import Batch, build_batch
+from huoyan.engine.beam_moves import BeamMoves
 from huoyan.engine.picture_encoder import PictureEncoder
 from huoyan.kernels import decode_kernels_enabled
 from huoyan.layers.packed_attention import to_device
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from huoyan.engine.decode_graph import DecodeGraphs
+    from huoyan.engine.device_beams import DeviceBeams
     from huoyan.engine.in_flight import InFlight
     from huoyan.engine.kv_cache import KVCache
     from huoyan.engine.picture_cache import PictureCache
@@ -70,8 +72,10 @@ class Runner:
         max_encoder_patches: int,
         *,
         graphs: DecodeGraphs | None = None,
+        device_beams: DeviceBeams | None = None,
     ) -> None:
-        """`graphs`: decode steps captured as CUDA graphs; without them every step is launched kernel by kernel."""
+        """`graphs`: decode steps captured as CUDA graphs; without them every step is launched kernel by kernel.
+        `device_beams`: where searches advance on the device."""
         self.model = model
         self.cache = cache
         self.pictures = pictures
@@ -82,6 +86,7 @@ class Runner:
         self.device = cache.device
         self._fused = has_fused_attention(model, cache.format.name)
         self._graphs = graphs
+        self._device_beams = device_beams
         self._workspace = Workspace()
         self.copied_blocks = 0
         """Copies on write so far."""
@@ -118,17 +123,19 @@ class Runner:
         batch = build_batch(schedule, self.cache.block_size, draft_rows=self._fused)
         wanted = batch.sampled_rows
         late = self._late(batch, before)
+        moves = BeamMoves.of(batch, before.choice.beams if before else None, self._device_beams, self.cache)
         if self._graphs is not None and self._graphs.fits(batch):
-            logits = self._graphs.run(batch, late)
+            logits = self._graphs.run(batch, late, moves)
             in_order = np.array_equal(wanted, np.arange(len(logits)))
             return ForwardOutput(batch.sampling, logits if in_order else logits[self._to_device(wanted)])
         token_ids = self._to_device(batch.token_ids)
         if late is not None:
             token_ids = token_ids.index_copy(0, *late)
+        attention = self._attention(batch, token_ids, moves)
         x = self.model.embed(token_ids)
         if schedule.prefills:
             self._place_pictures(batch, x)
-        hidden = self.model.decoder(x, self._to_device(batch.positions), self._attention(batch, x.dtype))
+        hidden = self.model.decoder(x, self._to_device(batch.positions), attention)
         rows = self._to_device(wanted)
         out = ForwardOutput(batch.sampling, self.model.logits(hidden.index_select(0, rows)))
         for i in range(batch.num_decodes, len(batch.chunks)):
@@ -139,24 +146,33 @@ class Runner:
         return out
 
     def _late(self, batch: Batch, before: InFlight | None) -> tuple[Tensor, Tensor] | None:
-        """The batch's tokens that only the device knows: their rows and their ids, int64 [N] each."""
-        sequences = [seq for seq in batch.in_flight if seq is not None]
-        if not sequences:
+        """The batch's sampled tokens that only the device knows: their rows and their ids, int64 [N] each."""
+        late = {
+            row: seq
+            for row, seq in enumerate(batch.in_flight)
+            if seq is not None and not seq.group.advances_on_device
+        }
+        if not late:
             return None
         assert before is not None
-        rows = [i for i, seq in enumerate(batch.in_flight) if seq is not None]
-        return self._to_device(np.array(rows, np.int64)), before.tokens(sequences)
+        return self._to_device(np.array(list(late), np.int64)), before.tokens(list(late.values()))
 
-    def _attention(self, batch: Batch, dtype: torch.dtype) -> Attend:
+    def _attention(self, batch: Batch, token_ids: Tensor, moves: BeamMoves | None) -> Attend:
+        """`token_ids`, int64 [T] on the device, are changed where `moves` has to."""
         if not self._fused:
-            return PagedAttention(self.cache, batch, dtype, self._workspace)
+            if moves is not None:
+                # Only a CPU comes here: what the host laid out is what the device reads.
+                own = (batch.positions, batch.slot_mapping, batch.block_tables)
+                moves.apply(token_ids, *(torch.from_numpy(array) for array in own))
+            return PagedAttention(self.cache, batch, self.model.dtype, self._workspace)
         from huoyan.engine.attention_cuda import CudaAttention, StepTensors
 
+        tensors = StepTensors(batch, self.device)
+        if moves is not None:
+            moves.apply(token_ids, tensors.positions, tensors.slot_mapping, tensors.block_tables)
         text = self.model.config.text
         table = self.model.llm.model.rotary.table(self.device)
-        return CudaAttention(
-            self.cache, batch, StepTensors(batch, self.device), table, text.num_attention_heads
-        )
+        return CudaAttention(self.cache, batch, tensors, table, text.num_attention_heads)
 
     def _encode(self, pictures: list[PreparedPicture]) -> None:
         encoded, ready = self.encoder.encode(pictures)

@@ -1,0 +1,159 @@
+"""Beam searches that advance on the device, so that the next step need not wait for the host.
+
+The device decides (`huoyan.layers.beam_step`), and the host decides again when it reads the candidates: what it
+says of a search comes from `BeamSearch` alone, and must be what the device has gone on with.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from huoyan.engine.beam_ops import BeamOps
+from huoyan.engine.beam_orders import search_orders
+from huoyan.engine.beam_probe import probe
+from huoyan.engine.host_copy import HostCopy
+from huoyan.engine.sampler import BeamCandidates, as_candidates
+from huoyan.layers.beam_step import FACTS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from huoyan.engine.beam import BeamSearch, Survivor
+    from huoyan.engine.sequence import Group
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DecidedBeams:
+    """A step of one search."""
+
+    candidates: list[BeamCandidates]
+    """For each of its beams; what stands beyond the live ones has no meaning."""
+    survivors: list[tuple[int, int, int]]
+    """The beams that live on, best first: their parents, their tokens, and whose current blocks they take."""
+
+    def check(self, survivors: list[Survivor]) -> None:
+        """Raise RuntimeError where the host comes to others: the device has gone on with the wrong ones."""
+        own = [(survivor.parent, survivor.token_id) for survivor in survivors]
+        if own != [(parent, token) for parent, token, _ in self.survivors]:
+            raise RuntimeError(
+                f"the beams are {own} by the host's sums, but the device went on with {self.survivors}"
+            )
+
+
+@dataclass(frozen=True)
+class BeamStep:
+    """A step of several searches, as it is on the device."""
+
+    searches: dict[Group, int]
+    """Their places in the tensors."""
+    found: Tensor
+    """See `huoyan.layers.beam_step.room_for_found`."""
+    state: Tensor
+    """See `huoyan.layers.beam_step.advance`."""
+    copy: HostCopy
+
+    def read(self) -> dict[Group, DecidedBeams]:
+        """Waits until it is decided."""
+        (found,) = self.copy.read()
+        count = (found.shape[2] - FACTS) // 2
+        facts, ids, bits = found.split((FACTS, count, count), 2)
+        values = bits.contiguous().view(torch.float32)
+        out = {}
+        for group, place in self.searches.items():
+            candidates = [
+                as_candidates(*row, group.width, group.params.logprobs)
+                for row in zip(
+                    ids[place, : group.width].tolist(), values[place, : group.width].tolist(), strict=True
+                )
+            ]
+            survivors = [(p, t, b) for p, t, b in facts[place].tolist() if p >= 0]
+            out[group] = DecidedBeams(candidates, survivors)
+        return out
+
+
+class DeviceBeams:
+    """Advances the searches of one engine."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.ops = BeamOps()
+        self._device = device
+        self._works: dict[int, bool] = {}
+        """By what widths are padded to, which kernels are compiled for."""
+
+    def takes(self, search: BeamSearch) -> bool:
+        """Whether a search can advance here: it depends on nothing but its model's logits, neither on text nor on
+        what it has said, and the device does what it should, which the first of its width to come finds out."""
+        return _needs_logits_alone(search) and self._try_out(search.width)
+
+    def _try_out(self, width: int) -> bool:
+        padded = 1 << (width - 1).bit_length()
+        if padded not in self._works:
+            self._works[padded] = (
+                self._device.type == "cpu" or self._try_kernels(width) or self._try_plainly(width)
+            )
+        return self._works[padded]
+
+    def _try_kernels(self, width: int) -> bool:
+        try:
+            from huoyan.engine.beam_ops_cuda import KernelBeamOps
+
+            ops = KernelBeamOps()
+            probe(ops, self._device, width)
+        except Exception:
+            log.warning(
+                "the kernels of beam searches do not work here: torch's take their place", exc_info=True
+            )
+            self.ops = BeamOps()
+            return False
+        self.ops = ops
+        return True
+
+    def _try_plainly(self, width: int) -> bool:
+        try:
+            probe(self.ops, self._device, width)
+        except Exception:
+            log.warning("beam searches do not work on this device: the host advances them", exc_info=True)
+            return False
+        return True
+
+    @torch.inference_mode()
+    def advance(self, logits: Tensor, rows: Mapping[Group, list[int]], before: BeamStep | None) -> BeamStep:
+        """Take a step that counts as launched.
+
+        Args:
+            logits: float32 [R, vocab]
+            rows: of each search the rows of its beams.
+            before: the step that the host has not seen yet, if there is one.
+        """
+        orders = search_orders(rows, before.searches if before else {}, logits.device)
+        found, state = self.ops.advance(logits, orders, before.state if before else None, 2 * orders.width)
+        searches = {group: i for i, group in enumerate(rows)}
+        return BeamStep(searches, found, state, HostCopy(found))
+
+
+def _needs_logits_alone(search: BeamSearch) -> bool:
+    params = search.params
+    try:
+        divisor = search.power(search.longest)
+    except OverflowError:
+        return False
+    return (
+        not params.stop_strings
+        and not params.has_penalties
+        and not params.logit_bias
+        and not params.min_tokens
+        and params.structured_outputs is None
+        and params.prompt_logprobs is None
+        # Those asked for are among the candidates.
+        and (params.logprobs or 0) <= 2 * search.width
+        # The host would divide by zero.
+        and divisor > 0
+    )
