@@ -141,10 +141,6 @@ class DeviceBeams:
 
 def _needs_logits_alone(search: BeamSearch) -> bool:
     params = search.params
-    try:
-        divisor = search.power(search.longest)
-    except OverflowError:
-        return False
     return (
         not params.stop_strings
         and not params.has_penalties
@@ -154,6 +150,4 @@ def _needs_logits_alone(search: BeamSearch) -> bool:
         and params.prompt_logprobs is None
         # Those asked for are among the candidates.
         and (params.logprobs or 0) <= 2 * search.width
-        # The host would divide by zero.
-        and divisor > 0
     )
