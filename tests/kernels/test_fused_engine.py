@@ -11,6 +11,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from huoyan.engine import runner
+from huoyan.engine.beam_ops_cuda import KernelBeamOps
 from huoyan.engine.config import EngineConfig
 from huoyan.engine.engine import Engine
 from huoyan.engine.speculation import NgramSpeculation
@@ -74,3 +75,35 @@ def test_the_fused_path(seed: int, name: str, monkeypatch: pytest.MonkeyPatch) -
     for request_id, output in drive(engine, requests).items():
         assert output.outputs[0].token_ids == answers[request_id]
     assert engine.stats().draft_tokens
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/engine/test_gpu.py has the kernels themselves")
+@pytest.mark.parametrize("name", ["auto", "int8"])
+def test_beams_on_the_fused_path(seed: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Searches that advance by kernels, prompts among them, give what the host gives that advances them."""
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    rng = random.Random(seed)
+    model = tiny_model(41, head_dim=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    monkeypatch.setattr(runner, "has_fused_attention", lambda model, kv_name: True)
+    monkeypatch.setattr(varlen, "varlen_attn", packed_attention)
+    monkeypatch.setattr(paged_decode, "parts_for", lambda batch, kv_heads: 2)
+    requests = [
+        request(f"b{width}", words(rng, rng.randint(3, 9)), greedy(6, n=width, use_beam_search=True))
+        for width in (2, 3)
+    ]
+    requests.append(request("g", words(rng, 20), greedy(4)))
+    sizes = {"num_blocks": 60, "block_size": 4, "max_num_seqs": 8, "max_num_batched_tokens": 12}
+    config = EngineConfig(**sizes, kv_cache_dtype=name, enforce_eager=True)  # type: ignore[arg-type]
+    outputs = []
+    for run_ahead in (False, True):
+        engine = Engine(model, EngineConfig(**{**vars(config), "run_ahead": run_ahead}))
+        if run_ahead:
+            assert engine._device_beams is not None
+            engine._device_beams.ops = KernelBeamOps()
+        outputs.append(drive(engine, requests))
+    for req in requests:
+        host, device = (found[req.request_id] for found in outputs)
+        assert device.error is None
+        assert [a.token_ids for a in host.outputs] == [a.token_ids for a in device.outputs]
+        for a, b in zip(host.outputs, device.outputs, strict=True):
+            assert a.cumulative_logprob == pytest.approx(b.cumulative_logprob, abs=1e-4)
