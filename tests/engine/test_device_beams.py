@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -155,6 +156,22 @@ def test_the_device_is_a_step_ahead(models: dict[int, MiniCPMV]) -> None:
     assert launched == [[0], [1, 1, 1], [1, 1, 1], [2, 2, 2], [3, 3, 3]]
 
 
+def test_what_is_streamed_is_the_same(models: dict[int, MiniCPMV], seed: int) -> None:
+    """The best so far, output by output; only the call that brings it is another."""
+    rng = random.Random(seed)
+    for _ in range(5):
+        req = random_search(rng, "b", VOCAB)
+        streams = []
+        for run_ahead in (False, True):
+            engine = Engine(models[VOCAB], EngineConfig(num_blocks=200, block_size=4, run_ahead=run_ahead))
+            engine.add_request(req)
+            stream = []
+            while engine.has_unfinished_requests():
+                stream += [[(a.token_ids, a.finish_reason) for a in o.outputs] for o in engine.step()]
+            streams.append(stream)
+        assert streams[0] == streams[1]
+
+
 def test_a_search_that_ends_early_has_computed_one_step_in_vain(
     models: dict[int, MiniCPMV], seed: int
 ) -> None:
@@ -303,14 +320,14 @@ def test_a_device_that_fails_its_trial_leaves_it_to_the_host(
     outputs = []
     for broken in (frozenset({"KernelBeamOps"}), frozenset({"KernelBeamOps", "BeamOps"})):
 
-        def probe(ops: BeamOps, device: object, width: int, broken: frozenset[str] = broken) -> None:
+        def probe(ops: BeamOps, *sizes: object, broken: frozenset[str] = broken) -> None:
             if type(ops).__name__ in broken:
                 raise RuntimeError("not here")
 
         monkeypatch.setattr(device_beams, "probe", probe)
         engine = Engine(models[VOCAB], EngineConfig(num_blocks=200, block_size=4, run_ahead=True))
         assert engine._device_beams is not None
-        engine._device_beams._device = torch.device("cuda")
+        engine._device_beams._form = SimpleNamespace(device=torch.device("cuda"))  # type: ignore[assignment]
         outputs.append(drive(engine, requests))
         assert type(engine._device_beams.ops) is BeamOps
         assert engine._device_beams._works == {4: "BeamOps" not in broken}

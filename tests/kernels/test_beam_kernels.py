@@ -10,6 +10,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from huoyan.engine.device_beams import WIDEST_ON_TRIAL
 from huoyan.kernels.beam_advance import beam_advance, fits
 from huoyan.kernels.beam_candidates import CHUNK, beam_candidates, beam_candidates_reference
 from huoyan.kernels.beam_move import beam_move
@@ -69,8 +70,8 @@ def test_advance(seed: int, device: torch.device, width: int) -> None:
 
 
 def test_too_many_candidates_to_hold_against_each_other() -> None:
-    assert fits(8, 16)
-    assert not fits(9, 18)
+    assert fits(WIDEST_ON_TRIAL - 1, 2 * WIDEST_ON_TRIAL - 2)
+    assert not fits(WIDEST_ON_TRIAL, 2 * WIDEST_ON_TRIAL)
 
 
 @pytest.mark.parametrize("block_size", [1, 4, 16])

@@ -7,49 +7,56 @@ from typing import TYPE_CHECKING
 import torch
 
 from huoyan.engine.beam_ops import BeamOps
-from huoyan.engine.kv_cache import KVCache
 from huoyan.layers.beam_step import FACTS, HEAD, NEVER, SearchOrders
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-VOCAB = 9001
-BLOCK_SIZE = 4
+    from huoyan.engine.kv_cache import KVCache
 
 
 @torch.inference_mode()
-def probe(ops: BeamOps, device: torch.device, width: int) -> None:
-    """Two steps of a search of that width, and the rows that come of them.
+def probe(ops: BeamOps, cache: KVCache, vocab_size: int, width: int) -> None:
+    """Two steps of a search of that width, and the rows and blocks that come of them, beside the plain way.
+
+    `cache` is left as it is. What is compiled here is what searches will run.
 
     Raises:
         RuntimeError: the plain way comes to something else.
         Exception: whatever a kernel that does not compile or run raises.
     """
-    for mine, plain in zip(_steps(ops, device, width), _steps(BeamOps(), device, width), strict=True):
+    several = [_steps(each, cache, vocab_size, width) for each in (ops, BeamOps())]
+    for mine, plain in zip(*several, strict=True):
         rounded = mine.dtype in (torch.float32, torch.float64)
         if not (torch.allclose(mine, plain, 1e-5, 1e-4) if rounded else torch.equal(mine, plain)):
             raise RuntimeError("the kernels' beams are not those of the plain way")
 
 
-def _steps(ops: BeamOps, device: torch.device, width: int) -> list[Tensor]:
+def _steps(ops: BeamOps, cache: KVCache, vocab_size: int, width: int) -> list[Tensor]:
+    device = cache.device
     # No two logits are near each other: the two ways round logarithms differently.
-    count = width * VOCAB
-    logits = (torch.arange(count, device=device).mul(7919) % count).float().view(width, VOCAB).div(100)
+    count = width * vocab_size
+    logits = (torch.arange(count, device=device).mul(7919) % count).float().view(width, vocab_size).div(100)
     first, state = ops.advance(logits, _orders(device, width, -1), None, 2 * width)
     second, after = ops.advance(logits, _orders(device, width, 0), state, 2 * width)
-    blocks = torch.arange(width + 8, device=device)
-    cache = KVCache(2, len(blocks), BLOCK_SIZE, 1, 8, torch.float16, device, "int8")
-    for tensor in (*cache.keys.tensors, *cache.values.tensors):
-        tensor.copy_(blocks.view(-1, 1, 1, 1))
-    # As a graph has its inputs: token, position, slot, length, then blocks.
-    rows = torch.arange(7, dtype=torch.int32, device=device).repeat(width + 1, 1)
-    rows[:, 1] = 2 * BLOCK_SIZE + 1
-    rows[:, 6] = torch.arange(width + 1, device=device) + 7
-    moves = torch.tensor([[1 + beam, 0, beam, 1] for beam in range(width)], device=device)
-    tokens, positions, slots = rows[:, :3].unbind(1)
-    ops.move(moves, second, cache, tokens, positions, slots, rows[:, 4:])
-    found = [part for step in (first, second) for part in _parts(step)]
-    return [*found, state, after, rows, *cache.keys.tensors, *cache.values.tensors]
+    out = [part for step in (first, second) for part in _parts(step)] + [state, after]
+    # A graph's inputs (token, position, slot, length, then blocks), and the tensors of a step without a graph.
+    for in_columns in (True, False):
+        blocks = torch.arange(width + 8, device=device)
+        small = cache.of_the_same_form(2, len(blocks))
+        stored = [*small.keys.tensors, *small.values.tensors]
+        for tensor in stored:
+            tensor.copy_(blocks.view(-1, 1, 1, 1))
+        rows = torch.arange(7, dtype=torch.int32, device=device).repeat(width + 1, 1)
+        rows[:, 1] = 2 * cache.block_size + cache.block_size // 2
+        rows[:, 6] = torch.arange(width + 1, device=device) + 7
+        moves = torch.tensor([[1 + beam, 0, beam, 1] for beam in range(width)], device=device)
+        tokens, positions, slots = rows[:, :3].unbind(1)
+        if not in_columns:
+            tokens, positions, slots = tokens.long(), positions.contiguous(), slots.contiguous()
+        ops.move(moves, second, small, tokens, positions, slots, rows[:, 4:])
+        out += [tokens, slots, rows, *(tensor.float() for tensor in stored)]
+    return out
 
 
 def _parts(found: Tensor) -> list[Tensor]:

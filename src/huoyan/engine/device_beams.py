@@ -25,9 +25,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from huoyan.engine.beam import BeamSearch, Survivor
+    from huoyan.engine.kv_cache import KVCache
     from huoyan.engine.sequence import Group
 
 log = logging.getLogger(__name__)
+WIDEST_ON_TRIAL = 9
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,12 @@ class BeamStep:
 class DeviceBeams:
     """Advances the searches of one engine."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, cache: KVCache, vocab_size: int) -> None:
         self.ops = BeamOps()
-        self._device = device
+        # Not the cache itself, which is to be freed when the engine is closed.
+        self._form = cache.of_the_same_form(1, 1)
+        self._vocab_size = vocab_size
+        self._kernels_fail = False
         self._works: dict[int, bool] = {}
         """By what widths are padded to, which kernels are compiled for."""
 
@@ -94,23 +99,27 @@ class DeviceBeams:
         return _needs_logits_alone(search) and self._try_out(search.width)
 
     def _try_out(self, width: int) -> bool:
+        # All that are too wide for the kernels that decide go one way.
+        width = min(width, WIDEST_ON_TRIAL)
         padded = 1 << (width - 1).bit_length()
         if padded not in self._works:
-            self._works[padded] = (
-                self._device.type == "cpu" or self._try_kernels(width) or self._try_plainly(width)
-            )
+            works = self._form.device.type == "cpu" or self._try_kernels(width) or self._try_plainly(width)
+            self._works[padded] = works
         return self._works[padded]
 
     def _try_kernels(self, width: int) -> bool:
+        if self._kernels_fail:
+            return False
         try:
             from huoyan.engine.beam_ops_cuda import KernelBeamOps
 
             ops = KernelBeamOps()
-            probe(ops, self._device, width)
+            probe(ops, self._form, self._vocab_size, width)
         except Exception:
             log.warning(
                 "the kernels of beam searches do not work here: torch's take their place", exc_info=True
             )
+            self._kernels_fail = True
             self.ops = BeamOps()
             return False
         self.ops = ops
@@ -118,7 +127,7 @@ class DeviceBeams:
 
     def _try_plainly(self, width: int) -> bool:
         try:
-            probe(self.ops, self._device, width)
+            probe(self.ops, self._form, self._vocab_size, width)
         except Exception:
             log.warning("beam searches do not work on this device: the host advances them", exc_info=True)
             return False

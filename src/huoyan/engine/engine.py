@@ -106,7 +106,7 @@ class Engine:
         self.run_ahead = fused if self.config.run_ahead is None else self.config.run_ahead
         # On a device without our kernels attention is planned on the host, which must know the beams' blocks.
         on_device = self.run_ahead and (fused or model.device.type == "cpu")
-        self._device_beams = DeviceBeams(model.device) if on_device else None
+        self._device_beams = DeviceBeams(cache, text.vocab_size) if on_device else None
         self.runner = Runner(
             model,
             cache,

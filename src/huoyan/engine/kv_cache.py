@@ -103,6 +103,20 @@ class KVCache:
         self.device = device
         self._layers = [(self.keys.layer(i), self.values.layer(i)) for i in range(num_layers)]
 
+    def of_the_same_form(self, num_layers: int, num_blocks: int) -> KVCache:
+        """Another cache whose blocks are like these."""
+        block_size, kv_heads, head_dim = self.keys.numbers.shape[2:]
+        return KVCache(
+            num_layers,
+            num_blocks,
+            block_size,
+            kv_heads,
+            head_dim,
+            self.keys.dtype,
+            self.device,
+            self.format.name,
+        )
+
     def layer(self, index: int) -> tuple[Stored, Stored]:
         """Keys and values of a layer."""
         return self._layers[index]

@@ -123,10 +123,12 @@ class Scheduler:
     def take_over(self, seq: Sequence, parent: Sequence) -> None:
         """`seq`, whose own line has ended, goes on as another child of `parent`: it shares all of its blocks but the
         current one, which it has of its own, with contents that the step under way copies there."""
-        for block in parent.block_table[:-1]:
-            self.pool.share(block)
-        self.pool.release_table(seq.block_table[:-1])
-        seq.block_table[:-1] = parent.block_table[:-1]
+        for i in range(len(seq.block_table) - 2, -1, -1):
+            own, shared = seq.block_table[i], parent.block_table[i]
+            if own != shared:
+                self.pool.share(shared)
+                self.pool.release(own)
+                seq.block_table[i] = shared
         seq.output_ids = parent.output_ids.copy()
         seq.block_hashes = parent.block_hashes.copy()
         seq.num_registered = parent.num_registered

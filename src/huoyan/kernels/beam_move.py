@@ -9,11 +9,13 @@ import triton.language as tl
 from torch import Tensor
 
 TILE = 256
-# Where these lie differs from step to step: a kernel for each alignment would be compiled while others wait.
-_ANYWHERE = ["orders_ptr", "found_ptr", "tokens_ptr", "positions_ptr", "slots_ptr", "tables_ptr", "old_ptr"]
+_OF = ("tokens", "positions", "slots", "tables", "old")
+_POINTERS = ["orders_ptr", "found_ptr", *(f"{name}_ptr" for name in _OF)]
+_STRIDES = ["found_search", "found_beam", *(f"{name}_stride" for name in _OF)]
 
 
-@triton.jit(do_not_specialize=[*_ANYWHERE, "found_search", "tables_stride", "old_stride"])
+# Where these lie differs from step to step: a form for each alignment would be compiled while others wait.
+@triton.jit(do_not_specialize=[*_POINTERS, *_STRIDES])
 def _kernel(
     orders_ptr, found_ptr, tokens_ptr, positions_ptr, slots_ptr, tables_ptr, old_ptr, sources_ptr, targets_ptr,
     found_search, found_beam, tokens_stride, positions_stride, slots_stride, tables_stride, old_stride,
