@@ -34,9 +34,10 @@ def probe(ops: BeamOps, cache: KVCache, vocab_size: int, width: int) -> None:
 
 def _steps(ops: BeamOps, cache: KVCache, vocab_size: int, width: int) -> list[Tensor]:
     device = cache.device
-    # No two logits are near each other: the two ways round logarithms differently.
+    # The likeliest are far apart and their sums too: the two ways round logarithms differently.
     count = width * vocab_size
-    logits = (torch.arange(count, device=device).mul(7919) % count).float().view(width, vocab_size).div(100)
+    logits = -(torch.arange(count, device=device).mul(7919) % count).double().sqrt()
+    logits = logits.float().view(width, vocab_size)
     first, state = ops.advance(logits, _orders(device, width, -1), None, 2 * width)
     second, after = ops.advance(logits, _orders(device, width, 0), state, 2 * width)
     out = [part for step in (first, second) for part in _parts(step)] + [state, after]
