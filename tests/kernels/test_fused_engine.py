@@ -11,7 +11,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from huoyan.engine import decode_graph, runner
+from huoyan.engine import attention_cuda, decode_graph, prefill_graph, runner
 from huoyan.engine import engine as engine_module
 from huoyan.engine.beam_ops_cuda import KernelBeamOps
 from huoyan.engine.config import EngineConfig
@@ -36,10 +36,11 @@ def packed_attention(
     max_q: int,
     max_k: int,
     *,
-    window_size: object,
+    causal: bool,
 ) -> Tensor:
-    """Stands in for torch's `varlen_attn`, which has no CPU: causal, the queries at the end of the keys."""
-    assert window_size == (-1, 0)
+    """Stands in for torch's flash attention, which has no CPU: causal, the queries at the end of the keys."""
+    assert causal
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     out = torch.empty_like(q)
     edges = zip(cu_q.tolist(), cu_q.tolist()[1:], cu_k.tolist(), cu_k.tolist()[1:], strict=False)
     for first_q, last_q, first_k, last_k in edges:
@@ -57,11 +58,10 @@ def packed_attention(
 @pytest.mark.parametrize("name", ["auto", "int8"])
 def test_the_fused_path(seed: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each token is the plain model's likeliest, or within rounding of it; with guesses and without."""
-    varlen = pytest.importorskip("torch.nn.attention.varlen")
     rng = random.Random(seed)
     model = tiny_model(41, head_dim=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
     monkeypatch.setattr(runner, "has_fused_attention", lambda model, kv_name: True)
-    monkeypatch.setattr(varlen, "varlen_attn", packed_attention)
+    monkeypatch.setattr(attention_cuda, "varlen_attention", packed_attention)
     monkeypatch.setattr(paged_decode, "parts_for", lambda batch, kv_heads: 2)
     requests = [request(f"r{i}", words(rng, rng.randint(3, 12)), greedy(5)) for i in range(2)]
     sizes = {"num_blocks": 40, "block_size": 4, "max_num_seqs": 8, "max_num_batched_tokens": 12}
@@ -103,14 +103,16 @@ class ReplayedHere(_Graph):
 @pytest.mark.parametrize("name", ["auto", "int8"])
 def test_beams_on_the_fused_path(seed: int, name: str, graphs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Searches that advance by kernels, prompts among them, give what the host gives that advances them."""
-    varlen = pytest.importorskip("torch.nn.attention.varlen")
     rng = random.Random(seed)
     model = tiny_model(41, head_dim=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
     for module in (runner, engine_module):
         monkeypatch.setattr(module, "has_fused_attention", lambda model, kv_name: True)
-    monkeypatch.setattr(varlen, "varlen_attn", packed_attention)
+    monkeypatch.setattr(attention_cuda, "varlen_attention", packed_attention)
     monkeypatch.setattr(paged_decode, "parts_for", lambda batch, kv_heads: 2)
     monkeypatch.setattr(decode_graph, "_Graph", ReplayedHere)
+    monkeypatch.setattr(decode_graph, "_USES_BEFORE_CAPTURE", 2)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(prefill_graph.PrefillGraphs, "run", lambda self, batch, x: None)
     requests = [
         request(f"b{width}", words(rng, rng.randint(3, 9)), greedy(6, n=width, use_beam_search=True))
         for width in (2, 3)

@@ -1,12 +1,13 @@
 """Decode steps as CUDA graphs: from token ids to logits without a launch from the host for each kernel.
 
-One graph for each of a few batch sizes, captured when first needed; smaller batches run in the next larger graph,
-their spare rows writing nowhere. Graphs share one memory pool.
+One graph for each of a few batch sizes, captured when it is needed for the third time: while requests come and go many
+sizes pass once, and a capture takes as long as some ten steps. Until then a larger graph that is there serves, its
+spare rows writing nowhere, or the step is launched kernel by kernel. Graphs share one memory pool.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,24 +26,48 @@ if TYPE_CHECKING:
     from huoyan.models.minicpmv import MiniCPMV
 
 
+_USES_BEFORE_CAPTURE = 3
+
+
 class DecodeGraphs:
     """`run(batch)` gives the logits of a step that is decodes only."""
 
-    def __init__(self, model: MiniCPMV, cache: KVCache, max_num_seqs: int, max_model_len: int) -> None:
+    def __init__(
+        self, model: MiniCPMV, cache: KVCache, max_num_seqs: int, max_model_len: int, pool: Any = None
+    ) -> None:
+        """`pool`: of `torch.cuda.graph_pool_handle`, where other graphs share it."""
         self._model = model
         self._cache = cache
         self._sizes = graph_sizes(max_num_seqs)
         self._max_blocks = -(-max_model_len // cache.block_size)
-        self._pool: tuple[int, int] | None = None
+        self._pool = pool
         # One for all sizes: each graph's own would stay with it.
         self._logits = torch.empty(
             self._sizes[-1], model.config.text.vocab_size, dtype=torch.float32, device=cache.device
         )
         self._graphs: dict[int, _Graph] = {}
+        self._wanted: dict[int, int] = {}
+        """How often a size without a graph was needed."""
 
     def fits(self, batch: Batch) -> bool:
-        """Whether the step is decodes only, and few enough."""
-        return batch.num_decodes == len(batch.chunks) <= self._sizes[-1]
+        """Whether the step is decodes only, few enough, and there is a graph for it, or is to be one."""
+        count = len(batch.chunks)
+        if not batch.num_decodes == count <= self._sizes[-1]:
+            return False
+        size = self._size_for(count)
+        if size not in self._graphs:
+            self._wanted[size] = self._wanted.get(size, 0) + 1
+        return self._chosen_size(count) is not None
+
+    def _size_for(self, count: int) -> int:
+        return next(s for s in self._sizes if s >= count)
+
+    def _chosen_size(self, count: int) -> int | None:
+        """The graph's size that a step of `count` rows takes now; None for none."""
+        size = self._size_for(count)
+        if size in self._graphs or self._wanted.get(size, 0) >= _USES_BEFORE_CAPTURE:
+            return size
+        return next((s for s in self._sizes if 2 * count >= s > size and s in self._graphs), None)
 
     def run(
         self, batch: Batch, late: tuple[Tensor, Tensor] | None = None, moves: BeamMoves | None = None
@@ -52,7 +77,8 @@ class DecodeGraphs:
         `late`: rows and ids, int64 [N] each, of tokens that only the device knows; `moves`: beams that only it knows.
         """
         count = len(batch.chunks)
-        size = next(s for s in self._sizes if s >= count)
+        size = self._chosen_size(count)
+        assert size is not None, "asked without `fits`"
         if size not in self._graphs:
             graph = _Graph(self._model, self._cache, self._logits[:size], self._max_blocks)
             graph.capture(self._pool)
@@ -81,18 +107,17 @@ class _Graph:
         self._copied = torch.cuda.Event()
 
     @property
-    def pool(self) -> tuple[int, int]:
-        pool: tuple[int, int] = self._graph.pool()
-        return pool
+    def pool(self) -> Any:
+        return self._graph.pool()
 
-    def capture(self, pool: tuple[int, int] | None) -> None:
+    def capture(self, pool: Any) -> None:
         """Run once to compile what is compiled on first use, then capture."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self._forward()
         torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(self._graph, pool=pool):  # type: ignore[arg-type]  # the stub names a private type
+        with torch.cuda.graph(self._graph, pool=pool):
             self._forward()
 
     def replay(
@@ -130,6 +155,7 @@ class _GraphAttention:
     def __init__(self, model: MiniCPMV, cache: KVCache, inputs: Tensor) -> None:
         self._cache = cache
         self._heads = model.config.text.num_attention_heads
+        self._dtype = model.dtype
         self._table = model.llm.model.rotary.table(inputs.device)
         self._positions, self._slots, self._lengths = (inputs[:, i].contiguous() for i in (1, 2, 3))
         self._blocks = inputs[:, 4:]
@@ -137,10 +163,12 @@ class _GraphAttention:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         raise NotImplementedError("on CUDA rotation and attention are one: rotate_and_attend")
 
-    def rotate_and_attend(self, layer: int, qkv: Tensor) -> Tensor:
+    def rotate_and_attend(self, layer: int, qkv: Tensor, bias: Tensor | None) -> Tensor:
         keys, values = self._cache.layer(layer)
         stored = (keys.typed, values.typed)
         scales = (keys.scales, values.scales)
-        rope_cache(qkv, self._positions, self._table, self._slots, *stored, *scales)
-        rows = qkv.unflatten(1, (-1, keys.numbers.shape[3]))
+        rotated = rope_cache(
+            qkv, self._positions, self._table, self._slots, *stored, *scales, bias=bias, dtype=self._dtype
+        )
+        rows = rotated.unflatten(1, (-1, keys.numbers.shape[3]))
         return paged_decode(rows[:, : self._heads], *stored, self._blocks, self._lengths, *scales).flatten(1)

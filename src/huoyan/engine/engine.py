@@ -97,11 +97,14 @@ class Engine:
             model.device,
             self.config.kv_cache_dtype,
         )
-        graphs = None
+        graphs = prefills = None
         if has_fused_attention(model, cache.format.name) and not self.config.enforce_eager:
             from huoyan.engine.decode_graph import DecodeGraphs
+            from huoyan.engine.prefill_graph import PrefillGraphs
 
-            graphs = DecodeGraphs(model, cache, self.config.max_num_seqs, self.size.max_model_len)
+            pool = torch.cuda.graph_pool_handle()
+            graphs = DecodeGraphs(model, cache, self.config.max_num_seqs, self.size.max_model_len, pool)
+            prefills = PrefillGraphs(model, cache, pool)
         fused = has_fused_attention(model, cache.format.name)
         self.run_ahead = fused if self.config.run_ahead is None else self.config.run_ahead
         # On a device without our kernels attention is planned on the host, which must know the beams' blocks.
@@ -114,6 +117,7 @@ class Engine:
             self.config.max_encoder_slices,
             self.size.limits.encoder_patches,
             graphs=graphs,
+            prefills=prefills,
             device_beams=self._device_beams,
         )
         self.scheduler.encodes_beside = self.runner.encoder.runs_beside

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from huoyan.engine.in_flight import InFlight
     from huoyan.engine.kv_cache import KVCache
     from huoyan.engine.picture_cache import PictureCache
+    from huoyan.engine.prefill_graph import PrefillGraphs
     from huoyan.engine.schedule import Chunk, Schedule
     from huoyan.media.types import PreparedPicture
     from huoyan.models.minicpmv import MiniCPMV
@@ -72,9 +73,10 @@ class Runner:
         max_encoder_patches: int,
         *,
         graphs: DecodeGraphs | None = None,
+        prefills: PrefillGraphs | None = None,
         device_beams: DeviceBeams | None = None,
     ) -> None:
-        """`graphs`: decode steps captured as CUDA graphs; without them every step is launched kernel by kernel.
+        """`graphs`, `prefills`: steps captured as CUDA graphs; without them every step is launched kernel by kernel.
         `device_beams`: where searches advance on the device."""
         self.model = model
         self.cache = cache
@@ -86,6 +88,7 @@ class Runner:
         self.device = cache.device
         self._fused = has_fused_attention(model, cache.format.name)
         self._graphs = graphs
+        self._prefill_graphs = prefills
         self._device_beams = device_beams
         self._workspace = Workspace()
         self.copied_blocks = 0
@@ -131,11 +134,17 @@ class Runner:
         token_ids = self._to_device(batch.token_ids)
         if late is not None:
             token_ids = token_ids.index_copy(0, *late)
-        attention = self._attention(batch, token_ids, moves)
+        # Beams' tokens are to be right before they are embedded.
+        attention = None if moves is None else self._attention(batch, token_ids, moves)
         x = self.model.embed(token_ids)
         if schedule.prefills:
             self._place_pictures(batch, x)
-        hidden = self.model.decoder(x, self._to_device(batch.positions), attention)
+        hidden = None
+        if self._prefill_graphs is not None and attention is None:
+            hidden = self._prefill_graphs.run(batch, x)
+        if hidden is None:
+            attention = attention or self._attention(batch, token_ids)
+            hidden = self.model.decoder(x, self._to_device(batch.positions), attention)
         rows = self._to_device(wanted)
         out = ForwardOutput(batch.sampling, self.model.logits(hidden.index_select(0, rows)))
         for i in range(batch.num_decodes, len(batch.chunks)):
@@ -157,7 +166,7 @@ class Runner:
         assert before is not None
         return self._to_device(np.array(list(late), np.int64)), before.tokens(list(late.values()))
 
-    def _attention(self, batch: Batch, token_ids: Tensor, moves: BeamMoves | None) -> Attend:
+    def _attention(self, batch: Batch, token_ids: Tensor, moves: BeamMoves | None = None) -> Attend:
         """`token_ids`, int64 [T] on the device, are changed where `moves` has to."""
         if not self._fused:
             if moves is not None:
@@ -172,7 +181,7 @@ class Runner:
             moves.apply(token_ids, tensors.positions, tensors.slot_mapping, tensors.block_tables)
         text = self.model.config.text
         table = self.model.llm.model.rotary.table(self.device)
-        return CudaAttention(self.cache, batch, tensors, table, text.num_attention_heads)
+        return CudaAttention(self.cache, batch, tensors, table, text.num_attention_heads, self.model.dtype)
 
     def _encode(self, pictures: list[PreparedPicture]) -> None:
         encoded, ready = self.encoder.encode(pictures)

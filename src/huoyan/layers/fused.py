@@ -9,7 +9,10 @@ from huoyan.layers.norm import RMSNorm
 
 
 def add_norm(norm: RMSNorm, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(norm(x + residual), x + residual) for [T, width]; without a residual the second is x."""
+    """(norm(x + residual), x + residual) for [T, width]; without a residual the second is x.
+
+    On CUDA x may be float32 parts, [S, T, width], whose sum is meant.
+    """
     if _use_kernel(x):
         from huoyan.kernels.add_rms_norm import add_rms_norm
 
@@ -18,17 +21,18 @@ def add_norm(norm: RMSNorm, x: Tensor, residual: Tensor | None) -> tuple[Tensor,
     return norm(total), total
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up of the halves of [T, 2 width] -> [T, width]."""
+def silu_mul(gate_up: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """silu(gate) * up of the halves of [T, 2 width] -> [T, width].
+
+    On CUDA gate_up may be float32 parts, [S, T, 2 width], whose sum is meant; `dtype` is then that of the result.
+    """
     if _use_kernel(gate_up):
         from huoyan.kernels import silu_mul as kernel
 
-        return kernel.silu_mul(gate_up)
+        return kernel.silu_mul(gate_up, dtype)
     gate, up = gate_up.chunk(2, dim=-1)
     return torch.nn.functional.silu(gate) * up
 
 
 def _use_kernel(x: Tensor) -> bool:
-    return (
-        x.is_cuda and x.dim() == 2 and x.is_contiguous() and not (torch.is_grad_enabled() and x.requires_grad)
-    )
+    return x.is_cuda and x.is_contiguous() and not (torch.is_grad_enabled() and x.requires_grad)

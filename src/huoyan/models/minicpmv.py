@@ -79,5 +79,4 @@ class MiniCPMV(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[B, hidden] -> float32 [B, vocab]."""
-        out: Tensor = self.llm.lm_head(hidden)
-        return out.float()
+        return self.llm.lm_head.in_float32(hidden)
