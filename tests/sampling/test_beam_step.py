@@ -85,7 +85,7 @@ def test_as_one_by_one(seed: int, grain: float) -> None:
             for search, decided in before.read().items():
                 live = search.live_answers
                 survivors = search.beams.advance(live, decided.candidates[: len(live)])
-                decided.check(survivors)
+                decided.check(survivors, search.width)
                 assert [(s.parent, s.token_id) for s in survivors] == [d[:2] for d in decided.survivors]
                 fewer += 0 < len(survivors) < search.width
                 sums, scores = before.state[before.searches[search]].tolist()

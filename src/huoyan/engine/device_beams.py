@@ -41,10 +41,18 @@ class DecidedBeams:
     survivors: list[tuple[int, int, int]]
     """The beams that live on, best first: their parents, their tokens, and whose current blocks they take."""
 
-    def check(self, survivors: list[Survivor]) -> None:
-        """Raise RuntimeError where the host comes to others: the device has gone on with the wrong ones."""
-        own = [(survivor.parent, survivor.token_id) for survivor in survivors]
-        if own != [(parent, token) for parent, token, _ in self.survivors]:
+    def check(self, survivors: list[Survivor], width: int) -> None:
+        """Raise RuntimeError where the host comes to others: the device has gone on with the wrong ones.
+
+        `width`: of the search.
+        """
+        parents = [survivor.parent for survivor in survivors]
+        childless = iter([place for place in range(width) if place not in parents])
+        own = [
+            (parent, survivor.token_id, next(childless) if parent in parents[:i] else parent)
+            for i, (parent, survivor) in enumerate(zip(parents, survivors, strict=True))
+        ]
+        if own != self.survivors:
             raise RuntimeError(
                 f"the beams are {own} by the host's sums, but the device went on with {self.survivors}"
             )

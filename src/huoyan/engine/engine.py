@@ -375,7 +375,7 @@ class Engine:
         candidates = found.candidates[: len(parents)] if isinstance(found, DecidedBeams) else found
         survivors = search.advance(group.live_answers, candidates)
         if isinstance(found, DecidedBeams):
-            found.check(survivors)
+            found.check(survivors, search.width)
         # Where the device has gone on with them, beams without children have lent their blocks to the others.
         gone_on = parents[0].num_in_flight > 1
         fertile = {survivor.parent for survivor in survivors}
