@@ -69,6 +69,7 @@ def check_answers(
     rounded = copy.deepcopy(model).to(dtype)
     behind: list[torch.Tensor] = []
     noise: list[torch.Tensor] = []
+    sums: list[float] = []
     for req in requests:
         answer = outputs[req.request_id].outputs[0]
         rows, theirs = (
@@ -78,11 +79,11 @@ def check_answers(
         own = rows[torch.arange(len(answer.token_ids)), torch.tensor(answer.token_ids)]
         behind.append(rows.amax(-1) - own)
         noise.append((rows - theirs).abs().flatten())
-        assert answer.cumulative_logprob == pytest.approx(
-            float(own.sum()), abs=NOISE[dtype] * len(answer.token_ids)
-        )
+        sums.append((answer.cumulative_logprob - float(own.sum())) / len(answer.token_ids))
     # Of two tokens' logits, each off by what one may be off, in a sample that is not the largest of all.
-    assert float(torch.cat(behind).max()) < 3 * float(torch.cat(noise).max()), "a token is not the likeliest"
+    bound = 3 * float(torch.cat(noise).max())
+    assert float(torch.cat(behind).max()) < bound, "a token is not the likeliest"
+    assert max(map(abs, sums)) < bound
 
 
 def original(rng: random.Random) -> PreparedPicture:
@@ -123,13 +124,20 @@ def test_embeddings_do_not_depend_on_the_path(
     device, host = PictureEncoder(on_gpu, 8, graphs=graphs), PictureEncoder(on_gpu, 8, on_device=False)
     assert device.takes_originals
     batches = [[original(rng) for _ in range(rng.randint(1, 4))] for _ in range(3)]
+    exact = [[model.encode_slices(list(p.slices)) for p in batch] for batch in batches]
+    off: dict[str, float] = {"mine": 0.0, "theirs": 0.0}
     for _ in range(4):
-        for batch in batches:
+        for batch, wanted in zip(batches, exact, strict=True):
             got, ready = device.encode(batch)
             assert ready is not None
             ready.wait()
-            for mine, theirs in zip(got, host.encode(batch)[0], strict=True):
-                torch.testing.assert_close(mine, theirs, rtol=NOISE[dtype] / 4, atol=NOISE[dtype] / 4)
+            for mine, theirs, want in zip(got, host.encode(batch)[0], wanted, strict=True):
+                for name, found in (("mine", mine), ("theirs", theirs)):
+                    off[name] = max(off[name], float((found.float().cpu() - want).abs().max()))
+    # Each is as far from float32 as 16 bits take it, on its own way through the batch.
+    largest = max(float(want.abs().max()) for wanted in exact for want in wanted)
+    assert off["mine"] < 3 * off["theirs"]
+    assert off["theirs"] < 20 * torch.finfo(dtype).eps * largest
     assert not graphs or (device._graphs is not None and device._graphs.num_captured)
 
 

@@ -282,7 +282,7 @@ def choose(m: int, n: int, k: int, parts: bool = False) -> Tuning:
         return Tuning(64, 1, warps=4, stages=4, prefetch=4)
     if n >= 16384:
         # Twice as many programs keep the processors busier than one round of them.
-        return Tuning(64, 2 if k >= 2048 else 1, warps=4, stages=4, prefetch=4)
+        return Tuning(128, 2 if k >= 2048 else 1, warps=4, stages=3, prefetch=4, unroll=2)
     split = max(1, min(k // BLOCK // 4, 11))
     if n > k:
         return Tuning(128, split, warps=4, stages=4, prefetch=4, unroll=2)
