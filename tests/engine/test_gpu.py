@@ -11,6 +11,7 @@ import torch
 
 from huoyan.api.outputs import RequestOutput
 from huoyan.api.sampling_params import SamplingParams
+from huoyan.engine.beam_ops import BeamOps
 from huoyan.engine.config import EngineConfig
 from huoyan.engine.engine import Engine
 from huoyan.engine.picture_encoder import PictureEncoder
@@ -18,6 +19,7 @@ from huoyan.engine.prompt_lookup import Speculator
 from huoyan.engine.request import EngineRequest
 from huoyan.engine.sequence import Sequence
 from huoyan.engine.speculation import NgramSpeculation
+from huoyan.layers.beam_step import FACTS, HEAD, SearchOrders, advance
 from huoyan.media.originals import Originals
 from huoyan.media.picture import Picture
 from huoyan.media.prepare import prepare_picture
@@ -26,6 +28,7 @@ from huoyan.models.minicpmv import MiniCPMV
 from tests.engine.harness import drive
 from tests.engine.support import VOCAB, greedy, picture, plain_logits, request, tiny_model, words
 from tests.engine.test_kv_cache import ThroughEightBits
+from tests.sampling.beam_cases import random_orders
 
 pytestmark = pytest.mark.gpu
 # Run by `make test-gpu`.
@@ -189,6 +192,98 @@ def test_beams_and_samples_on_the_gpu(model: MiniCPMV, seed: int) -> None:
             own = rows[torch.arange(12), torch.tensor(answer.token_ids)]
             assert answer.cumulative_logprob == pytest.approx(float(own.sum()), abs=0.3)
             assert max(answer.token_ids) < VOCAB
+
+
+def searches(rng: random.Random, count: int) -> list[EngineRequest]:
+    """Of several widths, some of which end early, beside greedy requests."""
+    requests = []
+    for i in range(count):
+        width = rng.randint(2, 5)
+        params = SamplingParams(
+            temperature=0,
+            use_beam_search=True,
+            best_of=width,
+            n=rng.randint(1, width),
+            max_tokens=rng.choice([1, 9, 40]),
+            early_stopping=rng.choice([True, False, "never"]),
+            length_penalty=rng.choice([0.0, 1.0, 2.5]),
+            stop_token_ids=rng.sample(range(VOCAB), rng.choice([0, 3, 20])),
+            ignore_eos=True,
+            logprobs=rng.choice([None, 2]),
+        )
+        requests.append(request(f"b{i}", words(rng, rng.randint(1, 40)), params))
+        requests.append(request(f"g{i}", words(rng, rng.randint(1, 40)), greedy(rng.choice([5, 20]))))
+    return requests
+
+
+@pytest.mark.parametrize("enforce_eager", [True, False])
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8", "fp8"])
+def test_searches_advance_on_the_gpu(seed: int, enforce_eager: bool, kv_cache_dtype: str) -> None:
+    """Graphs and launched kernels, arrivals at any time, pools that are too small: each answer's sum is the plain
+    model's, and that the host's decisions are the device's is asserted in each step."""
+    rng = random.Random(seed)
+    model = tiny_model(31, head_dim=64)
+    requests = searches(rng, 8)
+    engine = engine_on_gpu(
+        model, torch.float16, num_blocks=40, enforce_eager=enforce_eager, kv_cache_dtype=kv_cache_dtype
+    )
+    outputs = drive(engine, requests, rng)
+    assert engine._device_beams is not None
+    assert type(engine._device_beams.ops) is not BeamOps, "the log says what is wrong with the kernels"
+    attention = None if kv_cache_dtype == "auto" else ThroughEightBits(kv_cache_dtype, 64)
+    each = {"auto": 0.03, "int8": 0.3, "fp8": 1.0}[kv_cache_dtype]
+    for req in requests:
+        assert outputs[req.request_id].error is None
+        for answer in outputs[req.request_id].outputs:
+            ids = answer.token_ids
+            logits = plain_logits(model, req, ids, attention)[len(req.prompt.token_ids) - 1 : -1]
+            own = logits.log_softmax(-1)[torch.arange(len(ids)), torch.tensor(ids)]
+            # A beam that read another's past would be off by several a token.
+            assert answer.cumulative_logprob == pytest.approx(float(own.sum()), abs=each * len(ids))
+
+
+@pytest.mark.parametrize("enforce_eager", [True, False])
+def test_searches_on_the_gpu_are_the_host_s(model: MiniCPMV, seed: int, enforce_eager: bool) -> None:
+    """The same kernels compute the logits. Of those that are equal, as many in 16 bits are, any may come first."""
+    rng = random.Random(seed)
+    equal = total = 0
+    for req in searches(rng, 16):
+        if not req.params.use_beam_search or req.params.max_tokens == 1:
+            continue
+        found = []
+        for run_ahead in (False, True):
+            engine = engine_on_gpu(
+                model, torch.float16, num_blocks=200, enforce_eager=enforce_eager, run_ahead=run_ahead
+            )
+            found.append(drive(engine, [req])[req.request_id])
+        assert found[1].error is None
+        host, device = ([(a.token_ids, a.finish_reason) for a in output.outputs] for output in found)
+        equal += host == device
+        total += 1
+    assert 2 * equal >= total
+
+
+@pytest.mark.parametrize("vocab, width", [(151666, 3), (151666, 8), (73448, 4)])
+def test_beam_kernels_at_full_size(seed: int, vocab: int, width: int) -> None:
+    """Candidates and decisions of the kernels are those of torch on logits as a bfloat16 model gives them."""
+    from huoyan.engine.beam_ops_cuda import KernelBeamOps
+    from huoyan.kernels.beam_candidates import beam_candidates_reference
+
+    device = torch.device("cuda")
+    g = torch.Generator(device).manual_seed(seed)
+    logits = (torch.randn(width, vocab, generator=g, device=device) * 3).bfloat16().float()
+    host = random_orders(torch.Generator().manual_seed(seed), width, 1, 0, torch.device("cpu"))
+    host.table[0, 0] = width
+    host.table[0, HEAD : HEAD + width] = torch.arange(width)
+    orders = SearchOrders(host.table.to(device), width, host.stops)
+    found, state = KernelBeamOps().advance(logits, orders, None, 2 * width)
+    values, ids = beam_candidates_reference(logits, orders.rows, 2 * width)
+    whole, bits = found[:, :, FACTS:].split(2 * width, 2)
+    assert torch.equal(whole.long(), ids)
+    torch.testing.assert_close(bits.contiguous().view(torch.float32), values, rtol=1e-5, atol=1e-5)
+    plain = found.clone()
+    assert torch.equal(advance(orders, plain, None), state)
+    assert torch.equal(plain, found)
 
 
 @pytest.mark.parametrize("name", ["int8", "fp8", "fp8_e5m2"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,11 +11,16 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from huoyan.engine import attention_cuda, runner
+from huoyan.engine import attention_cuda, decode_graph, prefill_graph, runner
+from huoyan.engine import engine as engine_module
+from huoyan.engine.beam_ops_cuda import KernelBeamOps
 from huoyan.engine.config import EngineConfig
+from huoyan.engine.decode_graph import _Graph
 from huoyan.engine.engine import Engine
+from huoyan.engine.kv_cache import KVCache
 from huoyan.engine.speculation import NgramSpeculation
 from huoyan.kernels import paged_decode
+from huoyan.models.minicpmv import MiniCPMV
 from tests.engine.harness import drive
 from tests.engine.support import PlainAttention, greedy, plain_logits, request, tiny_model, words
 from tests.engine.test_kv_cache import ThroughEightBits
@@ -74,3 +80,56 @@ def test_the_fused_path(seed: int, name: str, monkeypatch: pytest.MonkeyPatch) -
     for request_id, output in drive(engine, requests).items():
         assert output.outputs[0].token_ids == answers[request_id]
     assert engine.stats().draft_tokens
+
+
+class ReplayedHere(_Graph):
+    """A graph whose replay computes it anew: all but the capture is as on a GPU, inputs and their corrections too."""
+
+    def __init__(self, model: MiniCPMV, cache: KVCache, logits: Tensor, max_blocks: int) -> None:
+        self._model, self._cache, self._logits = model, cache, logits
+        self._host = torch.zeros(len(logits), 4 + max_blocks, dtype=torch.int32)
+        self._host[:, 2], self._host[:, 3] = -1, 1
+        self._rows = self._host.numpy()
+        self._inputs = self._host.clone()
+        self._graph = SimpleNamespace(replay=self._forward, pool=lambda: (0, 0))  # type: ignore[assignment]
+        self._copied = SimpleNamespace(synchronize=lambda: None, record=lambda: None)  # type: ignore[assignment]
+
+    def capture(self, pool: tuple[int, int] | None) -> None:
+        pass
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/engine/test_gpu.py has the kernels themselves")
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("name", ["auto", "int8"])
+def test_beams_on_the_fused_path(seed: int, name: str, graphs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Searches that advance by kernels, prompts among them, give what the host gives that advances them."""
+    rng = random.Random(seed)
+    model = tiny_model(41, head_dim=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    for module in (runner, engine_module):
+        monkeypatch.setattr(module, "has_fused_attention", lambda model, kv_name: True)
+    monkeypatch.setattr(attention_cuda, "varlen_attention", packed_attention)
+    monkeypatch.setattr(paged_decode, "parts_for", lambda batch, kv_heads: 2)
+    monkeypatch.setattr(decode_graph, "_Graph", ReplayedHere)
+    monkeypatch.setattr(decode_graph, "_USES_BEFORE_CAPTURE", 2)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(prefill_graph.PrefillGraphs, "run", lambda self, batch, x: None)
+    requests = [
+        request(f"b{width}", words(rng, rng.randint(3, 9)), greedy(6, n=width, use_beam_search=True))
+        for width in (2, 3)
+    ]
+    requests.append(request("g", words(rng, 20), greedy(4)))
+    sizes = {"num_blocks": 60, "block_size": 4, "max_num_seqs": 8, "max_num_batched_tokens": 12}
+    config = EngineConfig(**sizes, kv_cache_dtype=name, enforce_eager=not graphs)  # type: ignore[arg-type]
+    outputs = []
+    for run_ahead in (False, True):
+        engine = Engine(model, EngineConfig(**{**vars(config), "run_ahead": run_ahead}))
+        if run_ahead:
+            assert engine._device_beams is not None
+            engine._device_beams.ops = KernelBeamOps()
+        outputs.append(drive(engine, requests))
+    for req in requests:
+        host, device = (found[req.request_id] for found in outputs)
+        assert device.error is None
+        assert [a.token_ids for a in host.outputs] == [a.token_ids for a in device.outputs]
+        for a, b in zip(host.outputs, device.outputs, strict=True):
+            assert a.cumulative_logprob == pytest.approx(b.cumulative_logprob, abs=1e-4)

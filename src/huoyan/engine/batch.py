@@ -24,7 +24,7 @@ class Batch:
     chunks: list[Chunk]
     num_decodes: int
     token_ids: NDArray[np.int64]
-    """[T]; 0 where the token is still in flight."""
+    """[T]; 0 where the token is still in flight. Of beams in flight slots and blocks are those of a step ago."""
     in_flight: list[Sequence | None]
     """[num_decodes] sequences whose token the host does not know yet."""
     positions: NDArray[np.int64]

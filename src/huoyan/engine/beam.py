@@ -43,7 +43,18 @@ class BeamSearch:
         if length is None:
             ends = answer.token_ids[-1:] == [self.eos_token_id]
             length = self.prompt_len + len(answer.token_ids) - ends
-        return float(answer.cumulative_logprob / max(length, 1) ** self.params.length_penalty)
+        return float(answer.cumulative_logprob / self.power(length))
+
+    def power(self, length: int) -> float:
+        """What the cumulative log-probability of a hypothesis of so many tokens is divided by."""
+        return float(max(length, 1) ** self.params.length_penalty)
+
+    @property
+    def early(self) -> int:
+        """How the search may end before its beams do: 1 at once, 2 by the best beam's score at its longest, else 0."""
+        if self.params.early_stopping == "never":
+            return 2 if self.params.length_penalty > 0 else 0
+        return int(self.params.early_stopping)
 
     def shown_score(self, answer: Answer) -> float:
         """What the answers are finally ordered by: here vLLM 0.5.4 counts the end token too."""
@@ -89,10 +100,7 @@ class BeamSearch:
     def _may_stop(self, best_running: Answer) -> bool:
         if len(self.finished) < self.width:
             return False
-        early = self.params.early_stopping
-        if early is True:
+        if self.early == 1:
             return True
         worst = self.score(self.finished[-1])
-        if early == "never" and self.params.length_penalty > 0:
-            return worst >= self.score(best_running, length=self.longest)
-        return worst >= self.score(best_running)
+        return worst >= self.score(best_running, length=self.longest if self.early == 2 else None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from huoyan.api.sampling_params import SamplingParams
+    from huoyan.engine.device_beams import BeamStep, DecidedBeams, DeviceBeams
     from huoyan.engine.in_flight import InFlight
     from huoyan.engine.sequence import Group, Sequence
     from huoyan.prompt.tokenizer import Tokenizer
@@ -44,7 +45,7 @@ class SequenceState:
         )
 
 
-Chosen = list[ChosenToken] | list[BeamCandidates] | Exception
+Chosen: TypeAlias = "list[ChosenToken] | list[BeamCandidates] | DecidedBeams | Exception"
 
 
 @dataclass
@@ -56,6 +57,8 @@ class Choice:
     tokens: list[SampledTokens] = field(default_factory=list)
     """A piece of the rows each."""
     candidates: dict[Group, list[BeamCandidates]] = field(default_factory=dict)
+    beams: BeamStep | None = None
+    """Of the searches that advance on the device."""
     failed: dict[Group, Exception] = field(default_factory=dict)
 
     @property
@@ -68,6 +71,8 @@ class Choice:
     def read(self) -> dict[Group, Chosen]:
         """Waits until they are chosen."""
         out: dict[Group, Chosen] = {**self.failed, **self.candidates}
+        if self.beams is not None:
+            out.update(self.beams.read())
         found = (token for part in self.tokens for token in part.read())
         for group, count in self.sampled.items():
             out[group] = [next(found) for _ in range(count)]
@@ -83,8 +88,10 @@ class Chooser:
         vocab_size: int,
         tokenizer: Tokenizer | None = None,
         stop_token_ids: frozenset[int] = frozenset(),
+        device_beams: DeviceBeams | None = None,
     ) -> None:
         self._seed = seed
+        self._device_beams = device_beams
         self._vocab_size = vocab_size
         self._grammars = GrammarCompiler(tokenizer, vocab_size, stop_token_ids)
         self._states: dict[Group, dict[Sequence, SequenceState]] = {}
@@ -103,7 +110,8 @@ class Chooser:
         before: InFlight | None = None,
         drafts: Mapping[Group, tuple[int, ...]] | None = None,
     ) -> Choice:
-        """One token for each of a group's sequences; for a beam search, the candidates of each live beam.
+        """One token for each of a group's sequences; for a beam search, the candidates of each live beam, and where
+        it advances on the device what comes of them.
 
         Call it when the step counts as launched, before the host learns its tokens.
 
@@ -117,6 +125,10 @@ class Chooser:
         """
         drafts = drafts or {}
         choice = Choice()
+        searches = {group: own for group, own in rows.items() if group.advances_on_device}
+        if searches:
+            self._advance(choice, logits, searches, before)
+            rows = {group: own for group, own in rows.items() if group not in searches}
         prepared: dict[Group, list[SamplingRow]] = {}
         for group, own in rows.items():
             try:
@@ -137,14 +149,14 @@ class Chooser:
             flat = [row for g in sampled for row in prepared[g]]
             choice.sampled = {g: len(prepared[g]) for g in sampled}
             choice.tokens = [sample(some, part) for some, part in _pieces(logits, index, flat)]
-        searches = [g for g in prepared if g.params.use_beam_search]
-        if searches:
-            index = [row for g in searches for row in rows[g]]
-            flat = [r for g in searches for r in prepared[g]]
+        on_host = [g for g in prepared if g.params.use_beam_search]
+        if on_host:
+            index = [row for g in on_host for row in rows[g]]
+            flat = [r for g in on_host for r in prepared[g]]
             candidates = (
                 found for some, part in _pieces(logits, index, flat) for found in beam_candidates(some, part)
             )
-            choice.candidates = {g: [next(candidates) for _ in prepared[g]] for g in searches}
+            choice.candidates = {g: [next(candidates) for _ in prepared[g]] for g in on_host}
         return choice
 
     def forget(self, group: Group) -> None:
@@ -157,6 +169,20 @@ class Chooser:
         states = self._states.get(parent.group)
         if states is not None and parent in states:
             states[child] = states[parent].fork()
+
+    def _advance(
+        self, choice: Choice, logits: Tensor, searches: Mapping[Group, list[int]], before: InFlight | None
+    ) -> None:
+        """Let searches take a step on the device; those whose step before failed there fail with it."""
+        assert self._device_beams is not None
+        last = before.choice.beams if before is not None else None
+        known = last.searches if last is not None else {}
+        able = {g: own for g, own in searches.items() if g.sequences[0].num_in_flight == 1 or g in known}
+        choice.failed |= {g: RuntimeError("its last step failed") for g in searches if g not in able}
+        try:
+            choice.beams = self._device_beams.advance(logits, able, last) if able else None
+        except Exception as error:
+            choice.failed |= dict.fromkeys(able, error)
 
     def _rows(
         self, group: Group, count: int, device: torch.device, before: InFlight | None

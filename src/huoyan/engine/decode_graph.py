@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from huoyan.engine.batch import Batch
+    from huoyan.engine.beam_moves import BeamMoves
     from huoyan.engine.kv_cache import KVCache
     from huoyan.models.minicpmv import MiniCPMV
 
@@ -68,10 +69,12 @@ class DecodeGraphs:
             return size
         return next((s for s in self._sizes if 2 * count >= s > size and s in self._graphs), None)
 
-    def run(self, batch: Batch, late: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def run(
+        self, batch: Batch, late: tuple[Tensor, Tensor] | None = None, moves: BeamMoves | None = None
+    ) -> Tensor:
         """float32 [decodes, vocab], a row for each of the batch's tokens; valid until the next run.
 
-        `late`: rows and ids, int64 [N] each, of tokens that only the device knows.
+        `late`: rows and ids, int64 [N] each, of tokens that only the device knows; `moves`: beams that only it knows.
         """
         count = len(batch.chunks)
         size = self._chosen_size(count)
@@ -81,7 +84,7 @@ class DecodeGraphs:
             graph.capture(self._pool)
             self._pool = graph.pool
             self._graphs[size] = graph
-        return self._graphs[size].replay(batch, late)[:count]
+        return self._graphs[size].replay(batch, late, moves)[:count]
 
 
 class _Graph:
@@ -117,7 +120,9 @@ class _Graph:
         with torch.cuda.graph(self._graph, pool=pool):
             self._forward()
 
-    def replay(self, batch: Batch, late: tuple[Tensor, Tensor] | None) -> Tensor:
+    def replay(
+        self, batch: Batch, late: tuple[Tensor, Tensor] | None, moves: BeamMoves | None = None
+    ) -> Tensor:
         count = len(batch.chunks)
         # The last copy must have read the host's rows before they change.
         self._copied.synchronize()
@@ -131,6 +136,9 @@ class _Graph:
         self._copied.record()
         if late is not None:
             self._inputs[:, 0].index_copy_(0, late[0], late[1].to(torch.int32))
+        if moves is not None:
+            tokens, positions, slots = self._inputs[:, :3].unbind(1)
+            moves.apply(tokens, positions, slots, self._inputs[:, 4:])
         self._graph.replay()
         return self._logits
 

@@ -13,6 +13,7 @@ from huoyan.engine.beam import BeamSearch
 from huoyan.engine.block_pool import BlockPool
 from huoyan.engine.chooser import Chooser
 from huoyan.engine.config import EngineConfig
+from huoyan.engine.device_beams import DecidedBeams, DeviceBeams
 from huoyan.engine.in_flight import InFlight
 from huoyan.engine.kv_cache import KVCache
 from huoyan.engine.output import request_output, shown_answers
@@ -104,6 +105,11 @@ class Engine:
             pool = torch.cuda.graph_pool_handle()
             graphs = DecodeGraphs(model, cache, self.config.max_num_seqs, self.size.max_model_len, pool)
             prefills = PrefillGraphs(model, cache, pool)
+        fused = has_fused_attention(model, cache.format.name)
+        self.run_ahead = fused if self.config.run_ahead is None else self.config.run_ahead
+        # On a device without our kernels attention is planned on the host, which must know the beams' blocks.
+        on_device = self.run_ahead and (fused or model.device.type == "cpu")
+        self._device_beams = DeviceBeams(cache, text.vocab_size) if on_device else None
         self.runner = Runner(
             model,
             cache,
@@ -112,18 +118,14 @@ class Engine:
             self.size.limits.encoder_patches,
             graphs=graphs,
             prefills=prefills,
+            device_beams=self._device_beams,
         )
         self.scheduler.encodes_beside = self.runner.encoder.runs_beside
         stops = frozenset(self._stop_token_ids) | (
             {eos_token_id} if eos_token_id is not None else frozenset()
         )
-        self._chooser = Chooser(self.config.seed, text.vocab_size, tokenizer, stops)
+        self._chooser = Chooser(self.config.seed, text.vocab_size, tokenizer, stops, self._device_beams)
         self._speculator = Speculator(self.config.speculation) if self.config.speculation else None
-        self.run_ahead = (
-            has_fused_attention(model, cache.format.name)
-            if self.config.run_ahead is None
-            else self.config.run_ahead
-        )
         self._in_flight: InFlight | None = None
         self._groups: dict[str, Group] = {}
         self._steps = self._prompt_tokens = self._generated_tokens = self._preemptions = 0
@@ -150,6 +152,9 @@ class Engine:
         if params.use_beam_search:
             longest = max(group.prompt_len + (params.max_tokens or 0), self.size.max_model_len)
             group.beams = BeamSearch(params, group.prompt_len, longest, self._eos_token_id)
+            group.advances_on_device = self._device_beams is not None and self._device_beams.takes(
+                group.beams
+            )
         if params.prompt_logprobs is not None:
             group.prompt_logprobs = [None] * group.prompt_len
         self._groups[request.request_id] = group
@@ -317,7 +322,8 @@ class Engine:
                 group.metrics.first_token_time = now
             try:
                 if group.beams is not None:
-                    self._extend_beams(group, group.beams, cast("list[BeamCandidates]", tokens))
+                    found = cast("list[BeamCandidates] | DecidedBeams", tokens)
+                    self._extend_beams(group, group.beams, found)
                 elif group in step.drafts:
                     self._extend_verified(group, step.drafts[group], cast("list[ChosenToken]", tokens))
                 else:
@@ -361,18 +367,32 @@ class Engine:
             self.scheduler.finish_sequence(seq)
             self._end(group)
 
-    def _extend_beams(self, group: Group, search: BeamSearch, candidates: list[BeamCandidates]) -> None:
+    def _extend_beams(
+        self, group: Group, search: BeamSearch, found: list[BeamCandidates] | DecidedBeams
+    ) -> None:
         """Let the best beams live on: the first child of a beam takes its place, the others fork off it."""
         parents = group.sequences.copy()
+        candidates = found.candidates[: len(parents)] if isinstance(found, DecidedBeams) else found
         survivors = search.advance(group.live_answers, candidates)
+        if isinstance(found, DecidedBeams):
+            found.check(survivors, search.width)
+        # Where the device has gone on with them, beams without children have lent their blocks to the others.
+        gone_on = parents[0].num_in_flight > 1
+        fertile = {survivor.parent for survivor in survivors}
+        childless = iter([seq for i, seq in enumerate(parents) if i not in fertile])
         children: list[EngineSequence] = []
         placed: set[int] = set()
         for survivor in survivors:
-            parent = parents[survivor.parent]
-            children.append(self._fork(parent, len(group.sequences)) if survivor.parent in placed else parent)
+            child = parent = parents[survivor.parent]
+            if survivor.parent in placed and gone_on:
+                child = next(childless)
+                self.scheduler.take_over(child, parent)
+            elif survivor.parent in placed:
+                child = self._fork(parent, len(group.sequences))
+            children.append(child)
             placed.add(survivor.parent)
-        for i, parent in enumerate(parents):
-            if i not in placed:
+        for parent in parents:
+            if parent not in children:
                 self.scheduler.finish_sequence(parent)
         for child, survivor in zip(children, survivors, strict=True):
             self.scheduler.sampled(child, survivor.token_id)

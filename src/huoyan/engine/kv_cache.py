@@ -103,6 +103,20 @@ class KVCache:
         self.device = device
         self._layers = [(self.keys.layer(i), self.values.layer(i)) for i in range(num_layers)]
 
+    def of_the_same_form(self, num_layers: int, num_blocks: int) -> KVCache:
+        """Another cache whose blocks are like these."""
+        block_size, kv_heads, head_dim = self.keys.numbers.shape[2:]
+        return KVCache(
+            num_layers,
+            num_blocks,
+            block_size,
+            kv_heads,
+            head_dim,
+            self.keys.dtype,
+            self.device,
+            self.format.name,
+        )
+
     def layer(self, index: int) -> tuple[Stored, Stored]:
         """Keys and values of a layer."""
         return self._layers[index]
@@ -115,13 +129,15 @@ class KVCache:
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks (source, destination) in all layers. No destination may be a source."""
-        if not pairs:
-            return
-        for first in range(0, len(pairs), COPIED_BLOCKS):
-            part = zip(*pairs[first : first + COPIED_BLOCKS], strict=True)
-            sources, targets = (torch.tensor(side, device=self.device) for side in part)
+        if pairs:
+            self.copy(*(torch.tensor(side, device=self.device) for side in zip(*pairs, strict=True)))
+
+    def copy(self, sources: Tensor, targets: Tensor) -> None:
+        """The same of int64 [N] each on the device. A block may be copied to itself."""
+        for first in range(0, len(sources), COPIED_BLOCKS):
+            part = slice(first, first + COPIED_BLOCKS)
             for tensor in (*self.keys.tensors, *self.values.tensors):
-                tensor.index_copy_(1, targets, tensor.index_select(1, sources))
+                tensor.index_copy_(1, targets[part], tensor.index_select(1, sources[part]))
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 
 from huoyan.engine.attention import PagedAttention, Workspace
 from huoyan.engine.batch import Batch, build_batch
+from huoyan.engine.beam_moves import BeamMoves
 from huoyan.engine.picture_encoder import PictureEncoder
 from huoyan.kernels import decode_kernels_enabled
 from huoyan.layers.packed_attention import to_device
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from huoyan.engine.decode_graph import DecodeGraphs
+    from huoyan.engine.device_beams import DeviceBeams
     from huoyan.engine.in_flight import InFlight
     from huoyan.engine.kv_cache import KVCache
     from huoyan.engine.picture_cache import PictureCache
@@ -72,8 +74,10 @@ class Runner:
         *,
         graphs: DecodeGraphs | None = None,
         prefills: PrefillGraphs | None = None,
+        device_beams: DeviceBeams | None = None,
     ) -> None:
-        """`graphs`, `prefills`: steps captured as CUDA graphs; without them every step is launched kernel by kernel."""
+        """`graphs`, `prefills`: steps captured as CUDA graphs; without them every step is launched kernel by kernel.
+        `device_beams`: where searches advance on the device."""
         self.model = model
         self.cache = cache
         self.pictures = pictures
@@ -85,6 +89,7 @@ class Runner:
         self._fused = has_fused_attention(model, cache.format.name)
         self._graphs = graphs
         self._prefill_graphs = prefills
+        self._device_beams = device_beams
         self._workspace = Workspace()
         self.copied_blocks = 0
         """Copies on write so far."""
@@ -121,19 +126,25 @@ class Runner:
         batch = build_batch(schedule, self.cache.block_size, draft_rows=self._fused)
         wanted = batch.sampled_rows
         late = self._late(batch, before)
+        moves = BeamMoves.of(batch, before.choice.beams if before else None, self._device_beams, self.cache)
         if self._graphs is not None and self._graphs.fits(batch):
-            logits = self._graphs.run(batch, late)
+            logits = self._graphs.run(batch, late, moves)
             in_order = np.array_equal(wanted, np.arange(len(logits)))
             return ForwardOutput(batch.sampling, logits if in_order else logits[self._to_device(wanted)])
         token_ids = self._to_device(batch.token_ids)
         if late is not None:
             token_ids = token_ids.index_copy(0, *late)
+        # Beams' tokens are to be right before they are embedded.
+        attention = None if moves is None else self._attention(batch, token_ids, moves)
         x = self.model.embed(token_ids)
         if schedule.prefills:
             self._place_pictures(batch, x)
-        hidden = None if self._prefill_graphs is None else self._prefill_graphs.run(batch, x)
+        hidden = None
+        if self._prefill_graphs is not None and attention is None:
+            hidden = self._prefill_graphs.run(batch, x)
         if hidden is None:
-            hidden = self.model.decoder(x, self._to_device(batch.positions), self._attention(batch, x.dtype))
+            attention = attention or self._attention(batch, token_ids)
+            hidden = self.model.decoder(x, self._to_device(batch.positions), attention)
         rows = self._to_device(wanted)
         out = ForwardOutput(batch.sampling, self.model.logits(hidden.index_select(0, rows)))
         for i in range(batch.num_decodes, len(batch.chunks)):
@@ -144,23 +155,33 @@ class Runner:
         return out
 
     def _late(self, batch: Batch, before: InFlight | None) -> tuple[Tensor, Tensor] | None:
-        """The batch's tokens that only the device knows: their rows and their ids, int64 [N] each."""
-        sequences = [seq for seq in batch.in_flight if seq is not None]
-        if not sequences:
+        """The batch's sampled tokens that only the device knows: their rows and their ids, int64 [N] each."""
+        late = {
+            row: seq
+            for row, seq in enumerate(batch.in_flight)
+            if seq is not None and not seq.group.advances_on_device
+        }
+        if not late:
             return None
         assert before is not None
-        rows = [i for i, seq in enumerate(batch.in_flight) if seq is not None]
-        return self._to_device(np.array(rows, np.int64)), before.tokens(sequences)
+        return self._to_device(np.array(list(late), np.int64)), before.tokens(list(late.values()))
 
-    def _attention(self, batch: Batch, dtype: torch.dtype) -> Attend:
+    def _attention(self, batch: Batch, token_ids: Tensor, moves: BeamMoves | None = None) -> Attend:
+        """`token_ids`, int64 [T] on the device, are changed where `moves` has to."""
         if not self._fused:
-            return PagedAttention(self.cache, batch, dtype, self._workspace)
+            if moves is not None:
+                # Only a CPU comes here: what the host laid out is what the device reads.
+                own = (batch.positions, batch.slot_mapping, batch.block_tables)
+                moves.apply(token_ids, *(torch.from_numpy(array) for array in own))
+            return PagedAttention(self.cache, batch, self.model.dtype, self._workspace)
         from huoyan.engine.attention_cuda import CudaAttention, StepTensors
 
+        tensors = StepTensors(batch, self.device)
+        if moves is not None:
+            moves.apply(token_ids, tensors.positions, tensors.slot_mapping, tensors.block_tables)
         text = self.model.config.text
         table = self.model.llm.model.rotary.table(self.device)
-        tensors = StepTensors(batch, self.device)
-        return CudaAttention(self.cache, batch, tensors, table, text.num_attention_heads, dtype)
+        return CudaAttention(self.cache, batch, tensors, table, text.num_attention_heads, self.model.dtype)
 
     def _encode(self, pictures: list[PreparedPicture]) -> None:
         encoded, ready = self.encoder.encode(pictures)

@@ -208,23 +208,27 @@ def beam_candidates(logits: Tensor, rows: Sequence[SamplingRow]) -> list[BeamCan
     asked = [row.params.logprobs for row in rows]
     most = max(max(widths), max(count or 0 for count in asked))
     best = work.topk(min(most, work.shape[1]))
-    out = []
-    for width, count, ids, values in zip(
-        widths, asked, best.indices.tolist(), (best.values - normaliser).tolist(), strict=True
-    ):
-        ranked = [Logprob(value, rank) for rank, value in enumerate(values, 1)]
-        top: TokenLogprobs | None = None
-        if count is not None:
-            # Tokens that are barred are no alternatives.
-            pairs = zip(ids[:count], ranked[:count], strict=True)
-            top = {token: own for token, own in pairs if own.logprob > float("-inf")}
-        out.append(
-            BeamCandidates(
-                [
-                    ChosenToken(token, own.logprob, None if top is None else _entry(token, own, top))
-                    for token, own in zip(ids[:width], ranked[:width], strict=True)
-                    if own.logprob > float("-inf")
-                ]
-            )
-        )
-    return out
+    found = zip(best.indices.tolist(), (best.values - normaliser).tolist(), widths, asked, strict=True)
+    return [as_candidates(ids, values, width // 2, count) for ids, values, width, count in found]
+
+
+def as_candidates(ids: list[int], values: list[float], width: int, count: int | None) -> BeamCandidates:
+    """A beam's likeliest tokens with their log-probabilities, likeliest first; `width`: of its search.
+
+    `count`: alternatives that the request asks for, all of them among `ids`.
+    """
+    most = 2 * width
+    if count is None:
+        pairs = zip(ids[:most], values[:most], strict=True)
+        return BeamCandidates([ChosenToken(token, value) for token, value in pairs if value > float("-inf")])
+    ranked = [Logprob(value, rank) for rank, value in enumerate(values, 1)]
+    # Tokens that are barred are no alternatives.
+    alternatives = zip(ids[:count], ranked[:count], strict=True)
+    top = {token: own for token, own in alternatives if own.logprob > float("-inf")}
+    return BeamCandidates(
+        [
+            ChosenToken(token, own.logprob, _entry(token, own, top))
+            for token, own in zip(ids[:most], ranked[:most], strict=True)
+            if own.logprob > float("-inf")
+        ]
+    )

@@ -120,6 +120,19 @@ class Scheduler:
         parent.group.sequences.append(child)
         return child
 
+    def take_over(self, seq: Sequence, parent: Sequence) -> None:
+        """`seq`, whose own line has ended, goes on as another child of `parent`: it shares all of its blocks but the
+        current one, which it has of its own, with contents that the step under way copies there."""
+        for i in range(len(seq.block_table) - 2, -1, -1):
+            own, shared = seq.block_table[i], parent.block_table[i]
+            if own != shared:
+                self.pool.share(shared)
+                self.pool.release(own)
+                seq.block_table[i] = shared
+        seq.output_ids = parent.output_ids.copy()
+        seq.block_hashes = parent.block_hashes.copy()
+        seq.num_registered = parent.num_registered
+
     @property
     def has_unfinished(self) -> bool:
         self._drop_finished()
@@ -334,6 +347,8 @@ class Scheduler:
             return False
         if any(seq.num_in_flight for seq in group.sequences):
             return False
+        if group.resumption_unplanned:
+            self._plan_resumption_by_tokens(group)
         pool, size = self.pool, self.pool.block_size
         cached: list[list[int]] = []
         needed = 0
@@ -375,7 +390,9 @@ class Scheduler:
 
     def _preempt(self, group: Group) -> None:
         """Take a running group's blocks; its tokens stay and are computed again when it is admitted."""
-        if group.ready:
+        if group.ready and group.advances_on_device:
+            group.resumption_unplanned = True
+        elif group.ready:
             self._plan_resumption(group)
         for seq in group.sequences:
             self._release(seq)
@@ -402,6 +419,22 @@ class Scheduler:
                 seq.resume_from = (owner, i + 1)
             for block in seq.block_table:
                 owner_of.setdefault(block, seq)
+
+    def _plan_resumption_by_tokens(self, group: Group) -> None:
+        """The same of a group whose sequences part or end after it has lost its blocks: those that have the same
+        tokens share what is computed of them, and that is all that they shared before."""
+        group.resumption_unplanned = False
+        for i, seq in enumerate(group.sequences):
+            seq.resume_from = None
+            most, computed = 0, seq.length - 1
+            for owner in group.sequences[:i]:
+                pairs = zip(seq.output_ids, owner.output_ids, strict=True)
+                alike = next((j for j, (a, b) in enumerate(pairs) if a != b), len(seq.output_ids))
+                alike += group.prompt_len
+                size = self.pool.block_size
+                blocks = -(-computed // size) if alike >= computed else alike // size
+                if blocks > most:
+                    most, seq.resume_from = blocks, (owner, blocks)
 
     # -- bookkeeping ----------------------------------------------------------------------------------------
 

@@ -163,6 +163,10 @@ class Group:
         """All answers so far, ended ones too; of a beam search, see `beams`."""
         self.beams: BeamSearch | None = None
         """The search's finished hypotheses, where the request is a beam search."""
+        self.advances_on_device = False
+        """Whether it is a beam search whose steps the device can decide before the host knows the one before."""
+        self.resumption_unplanned = False
+        """It was preempted while a step was under way: which blocks its beams share is seen when they are known."""
 
     @property
     def live_answers(self) -> list[Answer]:
@@ -195,7 +199,9 @@ class Group:
 
     @property
     def needs_host(self) -> bool:
-        """Whether the next token depends on the ids of those before: by forks, or by a grammar."""
+        """Whether the host must know the tokens before the next step: because of forks, or of a grammar."""
+        if self.advances_on_device:
+            return False
         params = self.params
         return bool(
             self.width > 1 or params.prompt_logprobs is not None or params.structured_outputs is not None
@@ -205,9 +211,11 @@ class Group:
     def awaits_host(self) -> bool:
         """Whether nothing can be planned until the host has seen the tokens in flight.
 
-        What guesses came to is not known, and a sequence of full length ends with the one in flight.
+        What guesses came to is not known, and a sequence of full length ends with the one in flight. Beams that
+        are to become more need blocks.
         """
+        waits = self.needs_host or (self.advances_on_device and len(self.sequences) < self.width)
         return any(
-            seq.num_in_flight and (self.needs_host or seq.has_drafts or seq.length >= self.max_length)
+            seq.num_in_flight and (waits or seq.has_drafts or seq.length >= self.max_length)
             for seq in self.sequences
         )
