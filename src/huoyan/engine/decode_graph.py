@@ -1,7 +1,8 @@
-"""Decode steps as CUDA graphs: from token ids to logits without a launch from the host for each kernel.
+"""Decode steps as CUDA graphs: from token ids to hidden states without a launch from the host for each kernel.
 
 One graph for each of a few batch sizes, captured when first needed; smaller batches run in the next larger graph,
-their spare rows writing nowhere. Graphs share one memory pool.
+their spare rows writing nowhere. Graphs share one memory pool. The head is launched behind them: its logits are by far
+the largest tensor of a step, and so take memory that the other moments of a step use too.
 """
 
 from __future__ import annotations
@@ -34,9 +35,11 @@ class DecodeGraphs:
         self._max_blocks = -(-max_model_len // cache.block_size)
         self._pool: tuple[int, int] | None = None
         # One for all sizes: each graph's own would stay with it.
-        self._logits = torch.empty(
-            self._sizes[-1], model.config.text.vocab_size, dtype=torch.float32, device=cache.device
+        self._hidden = torch.empty(
+            self._sizes[-1], model.config.text.hidden_size, dtype=model.dtype, device=cache.device
         )
+        # One for all sizes: cuBLAS keeps 32 MiB for every stream that it has seen.
+        self._stream = torch.cuda.Stream(cache.device)
         self._graphs: dict[int, _Graph] = {}
 
     def fits(self, batch: Batch) -> bool:
@@ -44,29 +47,29 @@ class DecodeGraphs:
         return batch.num_decodes == len(batch.chunks) <= self._sizes[-1]
 
     def run(self, batch: Batch, late: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """float32 [decodes, vocab], a row for each of the batch's tokens; valid until the next run.
+        """[decodes, vocab] in the model's dtype, a row for each of the batch's tokens.
 
         `late`: rows and ids, int64 [N] each, of tokens that only the device knows.
         """
         count = len(batch.chunks)
         size = next(s for s in self._sizes if s >= count)
         if size not in self._graphs:
-            graph = _Graph(self._model, self._cache, self._logits[:size], self._max_blocks)
-            graph.capture(self._pool)
+            graph = _Graph(self._model, self._cache, self._hidden[:size], self._max_blocks)
+            graph.capture(self._pool, self._stream)
             self._pool = graph.pool
             self._graphs[size] = graph
-        return self._graphs[size].replay(batch, late)[:count]
+        return self._model.head(self._graphs[size].replay(batch, late)[:count])
 
 
 class _Graph:
     """One captured batch size with its inputs, which stay where they are."""
 
-    def __init__(self, model: MiniCPMV, cache: KVCache, logits: Tensor, max_blocks: int) -> None:
-        """`logits`: float32 [size, vocab], where a replay leaves them."""
+    def __init__(self, model: MiniCPMV, cache: KVCache, hidden: Tensor, max_blocks: int) -> None:
+        """`hidden`: [size, hidden], where a replay leaves the states."""
         self._model = model
         self._cache = cache
-        self._logits = logits
-        size = len(logits)
+        self._hidden = hidden
+        size = len(hidden)
         self._columns = 4 + max_blocks
         # One row a sequence: token, position, slot, length, then its blocks. One copy fills them all.
         host = torch.zeros(size, self._columns, dtype=torch.int32)
@@ -82,14 +85,13 @@ class _Graph:
         pool: tuple[int, int] = self._graph.pool()
         return pool
 
-    def capture(self, pool: tuple[int, int] | None) -> None:
+    def capture(self, pool: tuple[int, int] | None, stream: torch.cuda.Stream) -> None:
         """Run once to compile what is compiled on first use, then capture."""
-        stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self._forward()
         torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(self._graph, pool=pool):  # type: ignore[arg-type]  # the stub names a private type
+        with torch.cuda.graph(self._graph, pool=pool, stream=stream):  # type: ignore[arg-type]  # a private type
             self._forward()
 
     def replay(self, batch: Batch, late: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -107,13 +109,13 @@ class _Graph:
         if late is not None:
             self._inputs[:, 0].index_copy_(0, late[0], late[1].to(torch.int32))
         self._graph.replay()
-        return self._logits
+        return self._hidden
 
     def _forward(self) -> None:
         tokens, positions = self._inputs[:, 0].long(), self._inputs[:, 1].long()
         attend = _GraphAttention(self._model, self._cache, self._inputs)
         x = self._model.embed(tokens)
-        self._logits.copy_(self._model.logits(self._model.decoder(x, positions, attend)))
+        self._hidden.copy_(self._model.decoder(x, positions, attend))
 
 
 class _GraphAttention:

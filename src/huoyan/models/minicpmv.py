@@ -77,7 +77,11 @@ class MiniCPMV(nn.Module):
         out: Tensor = self.llm.model(x, positions, attend)
         return out
 
+    def head(self, hidden: Tensor) -> Tensor:
+        """[B, hidden] -> logits [B, vocab] in the model's dtype, as the product gives them."""
+        out: Tensor = self.llm.lm_head(hidden)
+        return out
+
     def logits(self, hidden: Tensor) -> Tensor:
         """[B, hidden] -> float32 [B, vocab]."""
-        out: Tensor = self.llm.lm_head(hidden)
-        return out.float()
+        return self.head(hidden).float()
