@@ -265,7 +265,7 @@ class Engine:
     # -- the parts of a step --------------------------------------------------------------------------------
 
     def _encode(self, schedule: Schedule, outputs: list[RequestOutput]) -> Schedule:
-        failed = self.runner.encode(schedule.pictures)
+        failed = self.runner.encode(schedule.pictures, beside=bool(schedule.decodes))
         if not failed:
             return schedule
         hit = {}
