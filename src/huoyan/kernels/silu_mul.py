@@ -15,19 +15,22 @@ def silu_mul_reference(gate_up: Tensor) -> Tensor:
 
 
 @triton.jit
-def _kernel(gate_up_ptr, out_ptr, width, BLOCK: tl.constexpr):
+def _kernel(gate_up_ptr, out_ptr, width, out_stride, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     ok = column < width
     gate = tl.load(gate_up_ptr + row * 2 * width + column, mask=ok, other=0.0).to(tl.float32)
     up = tl.load(gate_up_ptr + row * 2 * width + width + column, mask=ok, other=0.0).to(tl.float32)
     value = gate / (1.0 + tl.exp(-gate)) * up
-    tl.store(out_ptr + row * width + column, value.to(out_ptr.dtype.element_ty), mask=ok)
+    tl.store(out_ptr + row * out_stride + column, value.to(out_ptr.dtype.element_ty), mask=ok)
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """[T, 2 width] contiguous -> [T, width], computed in float32."""
+def silu_mul(gate_up: Tensor, *, in_place: bool = False) -> Tensor:
+    """[T, 2 width] contiguous -> [T, width], computed in float32.
+
+    `in_place`: written over the gates, so that the result is a view whose rows lie 2 width apart.
+    """
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
-    out = torch.empty((rows, width), dtype=gate_up.dtype, device=gate_up.device)
-    _kernel[(rows, triton.cdiv(width, 1024))](gate_up, out, width, BLOCK=1024, num_warps=4)
+    out = gate_up[:, :width] if in_place else gate_up.new_empty(rows, width)
+    _kernel[(rows, triton.cdiv(width, 1024))](gate_up, out, width, out.stride(0), BLOCK=1024, num_warps=4)
     return out

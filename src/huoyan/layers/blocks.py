@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from huoyan.planning.pieces import DENSE_VALUES
@@ -16,10 +17,13 @@ def linear_by_blocks(
     rows = max(DENSE_VALUES // x.shape[1], 1)
     if rows >= width_out:
         return nn.functional.linear(x, dense(0, width_out), bias)
-    # Filled piece by piece: to join the pieces would take the product's memory twice.
+    # Written where it belongs: to join the pieces would take the product's memory twice.
     out = x.new_empty(x.shape[0], width_out)
     for start in range(0, width_out, rows):
         stop = min(start + rows, width_out)
-        some = None if bias is None else bias[start:stop]
-        out[:, start:stop] = nn.functional.linear(x, dense(start, stop), some)
+        part, weight = out[:, start:stop], dense(start, stop).T
+        if bias is None:
+            torch.mm(x, weight, out=part)
+        else:
+            torch.addmm(bias[start:stop], x, weight, out=part)
     return out

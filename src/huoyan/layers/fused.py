@@ -19,11 +19,12 @@ def add_norm(norm: RMSNorm, x: Tensor, residual: Tensor | None) -> tuple[Tensor,
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up of the halves of [T, 2 width] -> [T, width]."""
+    """silu(gate) * up of the halves of [T, 2 width] -> [T, width]; `gate_up` may be used up."""
     if _use_kernel(gate_up):
         from huoyan.kernels import silu_mul as kernel
 
-        return kernel.silu_mul(gate_up)
+        # A step's widest tensors are these: the product takes its input with rows wherever they are.
+        return kernel.silu_mul(gate_up, in_place=True)
     gate, up = gate_up.chunk(2, dim=-1)
     return torch.nn.functional.silu(gate) * up
 
