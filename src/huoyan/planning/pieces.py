@@ -6,11 +6,13 @@ MASK_VALUES = 1 << 24
 """Values of an attention mask."""
 DENSE_VALUES = 1 << 24
 """Values of an int4 matrix that are dequantized."""
-PROMPT_LOGITS = 1 << 24
-"""Logits of a prompt's own tokens (64 MiB in float32)."""
+DENSE_VALUES_CUDA = 1 << 25
+"""The same where our kernels do it."""
+PROMPT_LOGITS = 1 << 23
+"""Logits of a prompt's own tokens (32 MiB in float32)."""
 CHOICE_LOGITS = 1 << 22
 """Logits that tokens are chosen from: filters and grammars take some thirty bytes for each."""
-SORTED_LOGITS = 1 << 21
+SORTED_LOGITS = 1 << 20
 """Logits that are sorted: some seventy bytes for each."""
 NOISE_LOGITS = 1 << 17
 """Logits that noise is made for: what stays in a core's cache."""
@@ -21,10 +23,17 @@ COPIED_BLOCKS = 16
 PICTURE_SLICES = 64
 """Slices that one picture may have even where the picture cache holds fewer."""
 BESIDE_PATCHES = 11 * 1024
-"""Patches that are encoded beside decodes: a picture of ten slices, in memory that the decodes do not share."""
-BESIDE_PIXELS = 64 << 20
+"""Patches that are resized and encoded in one go on CUDA: a picture of ten slices."""
+BESIDE_PASS = 4 * 1100
+"""Patches of a pass beside decodes, in memory that they do not share: enough to fill a device while the host launches
+the next ones."""
+BESIDE_SLICES = 8
+"""Slices of such a pass."""
+BESIDE_PIXELS = 40 << 20
 """Bytes of originals that are uploaded at once (`huoyan.media.originals.LARGEST`)."""
-ENCODER_GRAPHS = 16
+ENCODER_GRAPHS = 8
 """Sequences of slice grids that have a CUDA graph."""
-ENCODER_GRAPH_PATCHES = 4 * 1100
-"""Of a batch that is captured: some four slices of the published size."""
+ENCODER_GRAPH_PATCHES = 1100
+"""Of a batch that is captured: a slice of the published size. Two take a device as long as their launches the host."""
+ENCODER_GRAPH_SLICES = 4
+"""The same; slices of that size are one."""
