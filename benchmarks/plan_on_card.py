@@ -314,7 +314,7 @@ class Run:
 
     def _said(self) -> dict[str, Any]:
         from huoyan.engine.sizing import way_of_model
-        from huoyan.planning.memory import graph_driver_bytes, memory
+        from huoyan.planning.memory import FRAGMENTS, graph_driver_bytes, memory, slack_bytes
         from huoyan.planning.shapes import published_shapes
 
         engine, model = self.engine, self.engine.model
@@ -322,6 +322,9 @@ class Run:
         parts = memory(model.config, config, way, published_shapes(model.config), int4=way.int4 is not None)
         space = asdict(parts.workspace)
         driver = graph_driver_bytes(parts.limits) if parts.graphs else 0
+        cublas = (
+            slack_bytes(config, way, parts.workspace) - parts.workspace.total // FRAGMENTS if way.cuda else 0
+        )
         return {
             "gpu_memory": config.gpu_memory,
             "kv_tokens": engine.size.num_blocks * config.block_size,
@@ -330,7 +333,8 @@ class Run:
             "torch_limit": engine.size.torch_bytes,
             "said": {
                 "weights": parts.weights.total, "kv": engine.size.total_bytes, **space,
-                "workspace": parts.workspace.total, "pictures": parts.pictures, "graphs": parts.graphs, "graphs_driver": driver, "slack": parts.slack,
+                "workspace": parts.workspace.total, "pictures": parts.pictures, "graphs": parts.graphs,
+                "graphs_driver": driver, "between": parts.slack - cublas, "cublas": cublas,
                 "context": parts.context, "fixed": parts.fixed,
             },
         }  # fmt: skip
@@ -342,6 +346,8 @@ def rows(report: dict[str, Any]) -> list[tuple[str, float, float | None]]:
     weights, cache, end = states["weights"], states["weights and KV cache"], states["in the end"]
     graphs = report["graphs"]
     inside = end["most_reserved"]
+    pools = sum(found["torch"] for found in graphs.values())
+    beside = said["workspace"] + said["pictures"] + said["cublas"]
     out: list[tuple[str, float, float | None]] = [
         ("weights (allocated)", said["weights"], weights["allocated"]),
         ("weights (reserved)", said["weights"], weights["reserved"]),
@@ -360,7 +366,8 @@ def rows(report: dict[str, Any]) -> list[tuple[str, float, float | None]]:
             said["context"] + said["graphs_driver"],
             report["most_outside"],
         ),
-        ("between tensors (reserved - allocated)", said["slack"], inside - end["most_allocated"]),
+        ("beside the cache, allocated", beside, end["most_allocated"] - cache["allocated"]),
+        ("between tensors", said["between"], inside - end["most_allocated"] - pools),
         (
             "inside torch, at most",
             said["fixed"] - said["context"] - said["graphs_driver"] + said["kv"],
@@ -380,6 +387,13 @@ def show(report: dict[str, Any]) -> None:
     for name, said, found in rows(report):
         ratio = f"{said / found:.3f}" if said and found else ""
         print(f"| {name:40} | {said:9,.1f} | {found or 0:9,.1f} | {ratio:>8} |")
+    each = [found["driver"] / max(found["count"], 1) / MIB for found in report["graphs"].values()]
+    driver = sum(found["driver"] for found in report["graphs"].values())
+    print(
+        f"planning/memory.py: CUDA_CONTEXT at least {(report['most_outside'] - driver) / MIB:,.0f} MiB",
+        end="",
+    )
+    print(f", GRAPH_DRIVER at least {max(each, default=0):.2f} MiB")
     failed = [row for row in report["loads"] if row["error"]]
     for row in failed:
         print(f"FAILED: {row['load']}: {row['error']}")

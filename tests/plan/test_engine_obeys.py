@@ -200,6 +200,22 @@ def test_torch_is_told_where_to_stop(seed: int, monkeypatch: pytest.MonkeyPatch)
     assert said == [pytest.approx(0.25), 1.0, 1.0]
 
 
+def test_segments_grow_on_cuda_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huoyan.engine.segments import let_segments_grow
+
+    said: list[str] = []
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", said.append)
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    let_segments_grow(torch.device("cpu"))
+    assert not said
+    let_segments_grow(torch.device("cuda"))
+    assert said == ["expandable_segments:True"]
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:False")
+    let_segments_grow(torch.device("cuda"))
+    assert len(said) == 1, "somebody has said otherwise"
+
+
 def test_heads_that_share_a_key_head_can_stand_as_queries(seed: int) -> None:
     """What CUDA is given, so that it need not write scores out, is attention all the same."""
     torch.manual_seed(seed)

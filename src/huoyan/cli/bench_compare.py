@@ -94,8 +94,10 @@ def compare(
     if json_file is not None:
         from huoyan.bench.text_files import write_json
 
-        settings = {**options, "picture": str(file), "beams": beams, "max_tokens": max_tokens,
-                    "batch_length": batch_length, "repeats": repeats, "kv8": small_kv}  # fmt: skip
+        height, width = question.picture.pixels.shape[:2]
+        settings = {**options, "picture": str(file), "picture_size": (width, height), "beams": beams,
+                    "max_tokens": max_tokens, "batch_length": batch_length, "repeats": repeats,
+                    "kv8": small_kv}  # fmt: skip
         columns = [column.to_dict() for column in found]
         write_json(json_file, {"device": where, "settings": settings, "models": columns})
     if plot is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from huoyan.planning.allocator import grows
+from huoyan.planning.allocator import GROWING, grows
 
 if TYPE_CHECKING:
     import torch
@@ -18,4 +18,4 @@ def let_segments_grow(device: torch.device) -> None:
     import torch
 
     if device.type == "cuda" and grows():
-        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+        torch._C._accelerator_setAllocatorSettings(GROWING)

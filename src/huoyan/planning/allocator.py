@@ -18,12 +18,13 @@ _SMALL = MIB
 _OWN_SEGMENT = 10 * MIB
 _SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """torch's own variables; what somebody has set there stays."""
+GROWING = "expandable_segments:True"
 
 
 def grows() -> bool:
     """Whether the engine lets segments grow: unless torch's variables say something."""
     said = [os.environ[name] for name in _SETTINGS if os.environ.get(name)]
-    return not said or any("expandable_segments:true" in text.lower() for text in said)
+    return not said or any(GROWING.lower() in text.lower() for text in said)
 
 
 def reserved_bytes(sizes: Iterable[int], *, growing: bool = False) -> int:
