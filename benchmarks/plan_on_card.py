@@ -322,9 +322,7 @@ class Run:
         parts = memory(model.config, config, way, published_shapes(model.config), int4=way.int4 is not None)
         space = asdict(parts.workspace)
         driver = graph_driver_bytes(parts.limits) if parts.graphs else 0
-        cublas = (
-            slack_bytes(config, way, parts.workspace) - parts.workspace.total // FRAGMENTS if way.cuda else 0
-        )
+        cublas = slack_bytes(way, parts.workspace) - parts.workspace.total // FRAGMENTS if way.cuda else 0
         return {
             "gpu_memory": config.gpu_memory,
             "kv_tokens": engine.size.num_blocks * config.block_size,
@@ -411,7 +409,7 @@ def main() -> int:
     )
     parser.add_argument("--formats", default="bf16,int4")
     parser.add_argument("--gpu-memory", default="24GiB")
-    parser.add_argument("--max-num-seqs", type=int, default=128, help="seats (int4 has at least 192)")
+    parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--max-num-batched-tokens", type=int, default=2048)
     parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument("--enforce-eager", action="store_true")
@@ -430,8 +428,6 @@ def main() -> int:
             print(f"{kind}:", flush=True)
             file = Path(temporary) / f"{kind}.json"
             command = [sys.executable, __file__, *sys.argv[1:], "--one", kind, "--json", str(file)]
-            if kind == "int4" and not args.toy:
-                command += ["--max-num-seqs", str(max(args.max_num_seqs, 192))]
             done = subprocess.run(command, env=os.environ, check=False)
             if done.returncode or not file.exists():
                 print(f"{kind}: the process ended with {done.returncode}")

@@ -44,7 +44,7 @@ def test_twenty_four_gib(int4: bool, seqs: int, tokens: int, sequences: int) -> 
 
 
 @pytest.mark.parametrize(
-    "int4, seqs, tokens", [(False, 128, 145_000), (False, 256, 143_500), (True, 160, 310_000)]
+    "int4, seqs, tokens", [(False, 128, 145_000), (False, 256, 145_000), (True, 256, 310_000)]
 )
 def test_twenty_four_gib_with_kernels_and_graphs(int4: bool, seqs: int, tokens: int) -> None:
     """Graphs and the encoder beside decodes leave what the plain way does, or nearly."""
@@ -71,11 +71,13 @@ def test_a_graph_more_costs_what_the_driver_keeps_of_it() -> None:
     assert more < many.graphs - few.graphs < more + 20 * MIB, "no logits are kept for any of them"
 
 
-def test_the_largest_slice_has_the_memory_of_a_step_and_of_the_encoder_beside() -> None:
-    found = parts(False, replace(CUDA, kernels=True), max_num_seqs=256)
+@pytest.mark.parametrize("int4", [False, True])
+def test_the_largest_slice_has_the_memory_of_a_step_and_of_the_encoder_beside(int4: bool) -> None:
+    found = parts(int4, replace(CUDA, kernels=True), max_num_seqs=256)
     space = found.workspace
     assert found.limits.encoder_patches >= EngineConfig().max_slice_patches
-    assert space.encoder <= space.peak == space.beside + max(space.decoder, space.choice)
+    both = space.beside + max(space.decoder, space.choice)
+    assert space.peak == max(space.encoder, both) < 1.1 * both
 
 
 def test_smaller_cards() -> None:

@@ -38,13 +38,24 @@ class DecodeGraphs:
         self._hidden = torch.empty(
             self._sizes[-1], model.config.text.hidden_size, dtype=model.dtype, device=cache.device
         )
-        # One for all sizes: cuBLAS keeps 32 MiB for every stream that it has seen.
-        self._stream = torch.cuda.Stream(cache.device)
+        self._inputs = torch.empty(
+            self._sizes[-1], 4 + self._max_blocks, dtype=torch.int32, device=cache.device
+        )
         self._graphs: dict[int, _Graph] = {}
+        self._aside: torch.cuda.Stream | None = None
 
     def fits(self, batch: Batch) -> bool:
         """Whether the step is decodes only, and few enough."""
         return batch.num_decodes == len(batch.chunks) <= self._sizes[-1]
+
+    def _stream(self) -> torch.cuda.Stream:
+        """Where to capture: the engine's own stream, since cuBLAS keeps 32 MiB for every one that it has seen."""
+        current = torch.cuda.current_stream(self._cache.device)
+        if current == torch.cuda.default_stream(self._cache.device):
+            # Nothing can be captured there.
+            self._aside = self._aside or torch.cuda.Stream(self._cache.device)
+            return self._aside
+        return current
 
     def run(self, batch: Batch, late: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """[decodes, vocab] in the model's dtype, a row for each of the batch's tokens.
@@ -54,29 +65,29 @@ class DecodeGraphs:
         count = len(batch.chunks)
         size = next(s for s in self._sizes if s >= count)
         if size not in self._graphs:
-            graph = _Graph(self._model, self._cache, self._hidden[:size], self._max_blocks)
-            graph.capture(self._pool, self._stream)
+            graph = _Graph(self._model, self._cache, self._hidden[:size], self._inputs[:size])
+            graph.capture(self._pool, self._stream())
             self._pool = graph.pool
             self._graphs[size] = graph
         return self._model.head(self._graphs[size].replay(batch, late)[:count])
 
 
 class _Graph:
-    """One captured batch size with its inputs, which stay where they are."""
+    """One captured batch size, whose inputs and states stay where they are."""
 
-    def __init__(self, model: MiniCPMV, cache: KVCache, hidden: Tensor, max_blocks: int) -> None:
-        """`hidden`: [size, hidden], where a replay leaves the states."""
+    def __init__(self, model: MiniCPMV, cache: KVCache, hidden: Tensor, inputs: Tensor) -> None:
+        """`hidden`: [size, hidden], where a replay leaves the states. `inputs`: int32 [size, 4 + blocks], one row a
+        sequence: token, position, slot, length, then its blocks."""
         self._model = model
         self._cache = cache
         self._hidden = hidden
-        size = len(hidden)
-        self._columns = 4 + max_blocks
-        # One row a sequence: token, position, slot, length, then its blocks. One copy fills them all.
-        host = torch.zeros(size, self._columns, dtype=torch.int32)
+        self._inputs = inputs
+        # One copy fills them all.
+        host = torch.zeros(inputs.shape, dtype=torch.int32)
         host[:, 2], host[:, 3] = -1, 1
         self._host = host.pin_memory()
         self._rows: NDArray[np.int32] = self._host.numpy()
-        self._inputs = self._host.to(cache.device)
+        self._inputs.copy_(self._host)
         self._graph = torch.cuda.CUDAGraph()
         self._copied = torch.cuda.Event()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from time import monotonic
 from typing import TYPE_CHECKING, cast
@@ -97,10 +98,13 @@ class Engine:
             self.config.kv_cache_dtype,
         )
         graphs = None
+        # Graphs are captured where steps run, and not on the default stream: so steps run on another.
+        self._stream: torch.cuda.Stream | None = None
         if has_fused_attention(model, cache.format.name) and not self.config.enforce_eager:
             from huoyan.engine.decode_graph import DecodeGraphs
 
             graphs = DecodeGraphs(model, cache, self.config.max_num_seqs, self.size.max_model_len)
+            self._stream = torch.cuda.Stream(model.device)
         self.runner = Runner(
             model,
             cache,
@@ -110,6 +114,9 @@ class Engine:
             graphs=graphs,
         )
         self.scheduler.encodes_beside = self.runner.encoder.runs_beside
+        if self._stream is not None:
+            # Weights may still be on their way there.
+            self._stream.wait_stream(torch.cuda.current_stream(model.device))
         stops = frozenset(self._stop_token_ids) | (
             {eos_token_id} if eos_token_id is not None else frozenset()
         )
@@ -169,6 +176,10 @@ class Engine:
         Where the engine runs ahead, the step is launched before the tokens of the one before it are looked at,
         and its own outputs come with the next call.
         """
+        with torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
+            return self._step()
+
+    def _step(self) -> list[RequestOutput]:
         outputs, self._ended = self._ended, []
         before, self._in_flight = self._in_flight, None
         if before is not None and not self._may_run_ahead():

@@ -107,7 +107,7 @@ def memory(
         workspace=space,
         pictures=pictures,
         graphs=graph_bytes(config, engine, way, limits),
-        slack=slack_bytes(engine, way, space) + rounding,
+        slack=slack_bytes(way, space) + rounding,
         context=CUDA_CONTEXT if way.cuda else 0,
         kv_token=kv_bytes_per_token(config.text, way.itemsize, kv_dtype),
         limits=limits,
@@ -153,8 +153,8 @@ def graph_bytes(config: ModelConfig, engine: EngineConfig, way: Way, limits: Lim
     if not way.kernels or engine.enforce_eager:
         return 0
     sizes = graph_sizes(limits.seqs)
-    # Token, position, slot, length and blocks of every row of each.
-    inputs = 4 * (4 + -(-limits.context // limits.block_size)) * sum(sizes)
+    # Token, position, slot, length and blocks of every row.
+    inputs = 4 * (4 + -(-limits.context // limits.block_size)) * sizes[-1]
     decodes = inputs + captured(config, way, limits, sizes[-1])
     patches = min(ENCODER_GRAPH_PATCHES, limits.encoder_patches)
     encodes = encoder(config, way, patches, ENCODER_GRAPH_SLICES) + ENCODER_GRAPH_SLICES * slice_bytes(
@@ -168,13 +168,12 @@ def graph_driver_bytes(limits: Limits) -> int:
     return GRAPH_DRIVER * (len(graph_sizes(limits.seqs)) + ENCODER_GRAPHS)
 
 
-def slack_bytes(engine: EngineConfig, way: Way, space: Workspace) -> int:
+def slack_bytes(way: Way, space: Workspace) -> int:
     """Rounding of the allocator where tensors come and go, and cuBLAS's workspaces; nothing on a CPU."""
     if not way.cuda:
         return 0
-    # The step's own stream; the encoder's; the one on which decodes are captured.
-    streams = 1 + way.kernels + (way.kernels and not engine.enforce_eager)
-    return streams * CUBLAS + space.total // FRAGMENTS
+    # The step's own stream, and the encoder's.
+    return (1 + way.kernels) * CUBLAS + space.total // FRAGMENTS
 
 
 def _resident(config: ModelConfig, shapes: Mapping[str, Shape], way: Way) -> list[int]:
