@@ -52,7 +52,9 @@ def compare(
     small_kv: Annotated[
         str | None,
         typer.Option(
-            "--kv8", metavar="DTYPE", help="Run the largest batch with this 8-bit KV cache too: int8, fp8."
+            "--small-kv",
+            metavar="DTYPE",
+            help="Run the largest batch with this 8-bit KV cache too: int8, fp8.",
         ),
     ] = None,
     gpu_memory: GpuMemoryOption = None,
@@ -97,7 +99,7 @@ def compare(
         height, width = question.picture.pixels.shape[:2]
         settings = {**options, "picture": str(file), "picture_size": (width, height), "beams": beams,
                     "max_tokens": max_tokens, "batch_length": batch_length, "repeats": repeats,
-                    "kv8": small_kv}  # fmt: skip
+                    "small_kv": small_kv}  # fmt: skip
         columns = [column.to_dict() for column in found]
         write_json(json_file, {"device": where, "settings": settings, "models": columns})
     if plot is not None:
