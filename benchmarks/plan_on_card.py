@@ -321,7 +321,7 @@ class Run:
         config, way = engine.config, way_of_model(self.engine.model, self.engine.config)
         parts = memory(model.config, config, way, published_shapes(model.config), int4=way.int4 is not None)
         space = asdict(parts.workspace)
-        driver = graph_driver_bytes(parts.limits) if parts.graphs else 0
+        driver = graph_driver_bytes(way, parts.limits) if parts.graphs else 0
         cublas = slack_bytes(way, parts.workspace) - parts.workspace.total // FRAGMENTS if way.cuda else 0
         return {
             "gpu_memory": config.gpu_memory,

@@ -101,6 +101,22 @@ def test_add_rms_norm(seed: int, device: torch.device, width: int, with_residual
     assert torch.equal(total, expected_total)
 
 
+@pytest.mark.parametrize("width, parts", [(256, 1), (3584, 7), (1000, 4)])
+@pytest.mark.parametrize("with_residual", [True, False])
+def test_add_rms_norm_of_parts(
+    seed: int, device: torch.device, width: int, parts: int, with_residual: bool
+) -> None:
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(parts, 3, width, generator=g).to(device)
+    residual, weight = (torch.randn(rows, width, generator=g).half().to(device) for rows in (3, 1))
+    given = residual if with_residual else None
+    normed, total = add_rms_norm(x, given, weight[0], 1e-6)
+    expected, expected_total = add_rms_norm_reference(x, given, weight[0], 1e-6)
+    assert normed.dtype == total.dtype == torch.float16
+    near(normed, expected, 2e-3)
+    near(total, expected_total, 1e-3)
+
+
 @pytest.mark.parametrize("width", [768, 18944, 100])
 def test_silu_mul(seed: int, device: torch.device, width: int) -> None:
     x = (3 * torch.randn(4, 2 * width, generator=torch.Generator().manual_seed(seed))).half().to(device)
@@ -108,6 +124,34 @@ def test_silu_mul(seed: int, device: torch.device, width: int) -> None:
     near(silu_mul(x), expected, 1e-3)
     near(silu_mul(x, in_place=True), expected, 1e-3)
     near(x[:, :width], expected, 1e-3)
+
+
+@pytest.mark.parametrize(
+    "heads, kv_heads, dim, name", [(28, 4, 128, "auto"), (4, 2, 64, "int8"), (3, 1, 24, "auto")]
+)
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_rope_cache_of_parts(
+    seed: int, device: torch.device, heads: int, kv_heads: int, dim: int, name: str, with_bias: bool
+) -> None:
+    g = torch.Generator().manual_seed(seed)
+    width = (heads + 2 * kv_heads) * dim
+    parts = torch.randn(4, 5, width, generator=g).to(device)
+    bias = torch.randn(width, generator=g).half().to(device) if with_bias else None
+    positions = torch.randint(0, 500, (5,), generator=g).to(device)
+    slots = torch.randperm(6 * 16, generator=g)[:5].to(device)
+    table = RotaryTable(dim, 1e6, 512).table(device)
+    cache = random_cache(seed, 6, 16, kv_heads, dim, device)
+    scales: list[Tensor] = []
+    if name != "auto":
+        cache, scales = eight_bits(name, cache)
+    mine, theirs = ([t.clone() for t in (*cache, *scales)] for _ in range(2))
+    given = {"bias": bias, "dtype": torch.float16}
+    got = rope_cache(parts, positions, table, slots, *mine, **given)
+    want = rope_cache_reference(parts, positions, table, slots, *theirs, **given)
+    rotated = (heads + kv_heads) * dim
+    near(got[:, :rotated], want[:, :rotated], 2e-3)
+    for a, b in zip(mine, theirs, strict=True):
+        near(a.float(), b.float(), 1e-2)
 
 
 @pytest.mark.parametrize("heads, kv_heads, dim", [(28, 4, 128), (4, 2, 64), (3, 1, 24)])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from huoyan.engine import runner
+from huoyan.engine import attention_cuda, runner
 from huoyan.engine.config import EngineConfig
 from huoyan.engine.engine import Engine
 from huoyan.engine.speculation import NgramSpeculation
@@ -30,10 +30,11 @@ def packed_attention(
     max_q: int,
     max_k: int,
     *,
-    window_size: object,
+    causal: bool,
 ) -> Tensor:
-    """Stands in for torch's `varlen_attn`, which has no CPU: causal, the queries at the end of the keys."""
-    assert window_size == (-1, 0)
+    """Stands in for torch's flash attention, which has no CPU: causal, the queries at the end of the keys."""
+    assert causal
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     out = torch.empty_like(q)
     edges = zip(cu_q.tolist(), cu_q.tolist()[1:], cu_k.tolist(), cu_k.tolist()[1:], strict=False)
     for first_q, last_q, first_k, last_k in edges:
@@ -51,11 +52,10 @@ def packed_attention(
 @pytest.mark.parametrize("name", ["auto", "int8"])
 def test_the_fused_path(seed: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each token is the plain model's likeliest, or within rounding of it; with guesses and without."""
-    varlen = pytest.importorskip("torch.nn.attention.varlen")
     rng = random.Random(seed)
     model = tiny_model(41, head_dim=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
     monkeypatch.setattr(runner, "has_fused_attention", lambda model, kv_name: True)
-    monkeypatch.setattr(varlen, "varlen_attn", packed_attention)
+    monkeypatch.setattr(attention_cuda, "varlen_attention", packed_attention)
     monkeypatch.setattr(paged_decode, "parts_for", lambda batch, kv_heads: 2)
     requests = [request(f"r{i}", words(rng, rng.randint(3, 12)), greedy(5)) for i in range(2)]
     sizes = {"num_blocks": 40, "block_size": 4, "max_num_seqs": 8, "max_num_batched_tokens": 12}

@@ -66,7 +66,7 @@ def test_a_graph_more_costs_what_the_driver_keeps_of_it() -> None:
     kernels = replace(CUDA, kernels=True)
     few, many = (parts(False, kernels, max_num_seqs=seqs) for seqs in (8, 64))
     assert graph_sizes(64)[: len(graph_sizes(8))] == graph_sizes(8) == [1, 2, 4, 8]
-    more = graph_driver_bytes(many.limits) - graph_driver_bytes(few.limits)
+    more = graph_driver_bytes(kernels, many.limits) - graph_driver_bytes(kernels, few.limits)
     assert more == 3 * GRAPH_DRIVER
     assert more < many.graphs - few.graphs < more + 20 * MIB, "no logits are kept for any of them"
 

@@ -191,6 +191,7 @@ def test_torch_is_told_where_to_stop(seed: int, monkeypatch: pytest.MonkeyPatch)
     rng = random.Random(seed)
     total = rng.randint(8, 141) << 30
     said: list[float] = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (total // 2, total))
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda part, device: said.append(part))
     limit_torch(total // 4, torch.device("cuda"))

@@ -3,10 +3,8 @@ prefill chunks. Rotation and the write to the cache are one kernel before both."
 
 from __future__ import annotations
 
-import inspect
-from functools import lru_cache
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,6 +13,7 @@ from torch import Tensor
 from huoyan.kernels.paged_decode import paged_decode
 from huoyan.kernels.rope_cache import rope_cache
 from huoyan.layers.packed_attention import to_device
+from huoyan.layers.varlen_attention import varlen_attention
 from huoyan.planning.pieces import GATHER_TOKENS
 
 if TYPE_CHECKING:
@@ -44,9 +43,16 @@ class CudaAttention:
     """See `huoyan.models.qwen2.FusedAttend`: attention of one step's batch, decodes first."""
 
     def __init__(
-        self, cache: KVCache, batch: Batch, tensors: StepTensors, rotary_table: Tensor, heads: int
+        self,
+        cache: KVCache,
+        batch: Batch,
+        tensors: StepTensors,
+        rotary_table: Tensor,
+        heads: int,
+        dtype: torch.dtype,
     ) -> None:
-        """`rotary_table`: float32 [positions, 2, head_dim / 2]."""
+        """`rotary_table`: float32 [positions, 2, head_dim / 2]; `dtype`: the model's."""
+        self._dtype = dtype
         self._cache = cache
         self._tensors = tensors
         self._table = rotary_table
@@ -60,10 +66,10 @@ class CudaAttention:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         raise NotImplementedError("on CUDA rotation and attention are one: rotate_and_attend")
 
-    def rotate_and_attend(self, layer: int, qkv: Tensor) -> Tensor:
-        """qkv [T, (heads + 2 kv_heads) * head_dim], changed in place -> [T, heads * head_dim]."""
+    def rotate_and_attend(self, layer: int, qkv: Tensor, bias: Tensor | None) -> Tensor:
+        """See `huoyan.models.qwen2.FusedAttend`; qkv is changed."""
         keys, values = self._cache.layer(layer)
-        rope_cache(
+        qkv = rope_cache(
             qkv,
             self._tensors.positions,
             self._table,
@@ -72,6 +78,8 @@ class CudaAttention:
             values.typed,
             keys.scales,
             values.scales,
+            bias=bias,
+            dtype=self._dtype,
         )
         rows = qkv.unflatten(1, (-1, keys.numbers.shape[3]))
         decodes = self._decodes
@@ -107,12 +115,9 @@ def prefill_groups(batch: Batch, first: int) -> list[tuple[int, int]]:
     return groups
 
 
-@lru_cache(maxsize=1)
 def grouped_heads() -> bool:
     """Whether torch's packed attention takes fewer key heads than query heads; else keys are repeated."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+    return True
 
 
 class _PrefillPlan:
@@ -141,30 +146,12 @@ class _PrefillPlan:
 
     def attend(self, rows: Tensor, heads: int, keys: Stored, values: Stored) -> Tensor:
         """rows [T, heads + 2 kv_heads, head_dim] of the step, rotated -> [chunks' tokens, heads, head_dim]."""
-        from torch.nn.attention.varlen import varlen_attn
-
         rows = rows[self.first : self.last]
         kv_heads = keys.numbers.shape[2]
         if self.slots is None:
             k, v = rows[:, heads : heads + kv_heads], rows[:, heads + kv_heads :]
         else:
             k, v = (stored.rows(self.slots, rows.dtype) for stored in (keys, values))
-        group = heads // kv_heads
-        grouped: dict[str, Any] = {}
-        if group > 1 and grouped_heads():
-            k, v, grouped = k.contiguous(), v.contiguous(), {"enable_gqa": True}
-        else:
-            k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        out = varlen_attn(
-            rows[:, :heads].contiguous(),
-            k,
-            v,
-            self.cu_q,
-            self.cu_k,
-            self.max_q,
-            self.max_k,
-            window_size=(-1, 0),
-            **grouped,
+        return varlen_attention(
+            rows[:, :heads], k, v, self.cu_q, self.cu_k, self.max_q, self.max_k, causal=True
         )
-        assert isinstance(out, Tensor)
-        return out

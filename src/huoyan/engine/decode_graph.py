@@ -135,6 +135,7 @@ class _GraphAttention:
     def __init__(self, model: MiniCPMV, cache: KVCache, inputs: Tensor) -> None:
         self._cache = cache
         self._heads = model.config.text.num_attention_heads
+        self._dtype = model.dtype
         self._table = model.llm.model.rotary.table(inputs.device)
         self._positions, self._slots, self._lengths = (inputs[:, i].contiguous() for i in (1, 2, 3))
         self._blocks = inputs[:, 4:]
@@ -142,10 +143,12 @@ class _GraphAttention:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         raise NotImplementedError("on CUDA rotation and attention are one: rotate_and_attend")
 
-    def rotate_and_attend(self, layer: int, qkv: Tensor) -> Tensor:
+    def rotate_and_attend(self, layer: int, qkv: Tensor, bias: Tensor | None) -> Tensor:
         keys, values = self._cache.layer(layer)
         stored = (keys.typed, values.typed)
         scales = (keys.scales, values.scales)
-        rope_cache(qkv, self._positions, self._table, self._slots, *stored, *scales)
-        rows = qkv.unflatten(1, (-1, keys.numbers.shape[3]))
+        rotated = rope_cache(
+            qkv, self._positions, self._table, self._slots, *stored, *scales, bias=bias, dtype=self._dtype
+        )
+        rows = rotated.unflatten(1, (-1, keys.numbers.shape[3]))
         return paged_decode(rows[:, : self._heads], *stored, self._blocks, self._lengths, *scales).flatten(1)

@@ -23,10 +23,11 @@ from huoyan.engine.prompt_lookup import Speculator
 from huoyan.engine.request import check_request
 from huoyan.engine.runner import ForwardOutput, Runner, has_fused_attention
 from huoyan.engine.scheduler import Scheduler
-from huoyan.engine.sizing import CacheSize, limit_torch, size_cache
+from huoyan.engine.sizing import CacheSize, limit_torch, size_cache, way_of_model
 from huoyan.engine.stats import EngineStats
 from huoyan.errors import HuoyanError, InputError
 from huoyan.layers.linear import lay_out_for_cpu
+from huoyan.planning.graphs import captured_rows
 from huoyan.planning.memory import slice_bytes
 from huoyan.planning.pieces import PICTURE_SLICES
 
@@ -103,7 +104,8 @@ class Engine:
         if has_fused_attention(model, cache.format.name) and not self.config.enforce_eager:
             from huoyan.engine.decode_graph import DecodeGraphs
 
-            graphs = DecodeGraphs(model, cache, self.config.max_num_seqs, self.size.max_model_len)
+            rows = captured_rows(self.config.max_num_seqs, way_of_model(model, self.config).int4)
+            graphs = DecodeGraphs(model, cache, rows, self.size.max_model_len)
             self._stream = torch.cuda.Stream(model.device)
         self.runner = Runner(
             model,

@@ -156,9 +156,8 @@ class Runner:
 
         text = self.model.config.text
         table = self.model.llm.model.rotary.table(self.device)
-        return CudaAttention(
-            self.cache, batch, StepTensors(batch, self.device), table, text.num_attention_heads
-        )
+        tensors = StepTensors(batch, self.device)
+        return CudaAttention(self.cache, batch, tensors, table, text.num_attention_heads, dtype)
 
     def _encode(self, pictures: list[PreparedPicture], beside: bool) -> None:
         encoded, ready = self.encoder.encode(pictures, beside)

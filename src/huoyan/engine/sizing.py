@@ -150,7 +150,7 @@ def beside_weights(config: EngineConfig, sizes: ModelConfig, way: Way, limits: L
     space = workspace(sizes, way, limits)
     graphs = graph_bytes(sizes, config, way, limits)
     beside = space.total + picture_bytes(sizes, config, way) + graphs + slack_bytes(way, space)
-    return beside, graph_driver_bytes(limits) if graphs else 0
+    return beside, graph_driver_bytes(way, limits) if graphs else 0
 
 
 def _budget(config: EngineConfig, model: MiniCPMV, way: Way, limits: Limits) -> Budget | None:
@@ -240,7 +240,9 @@ def limit_torch(nbytes: int | None, device: torch.device) -> None:
     if device.type != "cuda":
         return
     part = 1.0 if nbytes is None else min(nbytes / torch.cuda.mem_get_info(device)[1], 1.0)
-    torch.cuda.set_per_process_memory_fraction(part, device)
+    # This call alone among torch's wants a device with its number.
+    index = torch.cuda.current_device() if device.index is None else device.index
+    torch.cuda.set_per_process_memory_fraction(part, index)
 
 
 def host_memory(context_bytes: int) -> tuple[int, str]:

@@ -7,44 +7,63 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from huoyan.kernels.dependent_launch import begin, launch_options, overlaps, wait
+
 
 def add_rms_norm_reference(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """(normed, sum) in plain PyTorch: the sum is rounded to the dtype of x before it is normalised."""
+    """(normed, sum) in plain PyTorch: the sum is rounded to the dtype of the weight before it is normalised."""
+    if x.dim() == 3:
+        x = x.sum(0).to(weight.dtype)
     total = x if residual is None else x + residual
     return torch.nn.functional.rms_norm(total, weight.shape, weight, eps), total
 
 
 @triton.jit
 def _kernel(
-    x_ptr, residual_ptr, weight_ptr, normed_ptr, sum_ptr, width, eps, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr, residual_ptr, weight_ptr, normed_ptr, sum_ptr, rows, width, eps,
+    PARTS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    begin(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     ok = column < width
-    x = tl.load(x_ptr + row * width + column, mask=ok, other=0.0)
+    weight = tl.load(weight_ptr + column, mask=ok, other=0.0).to(tl.float32)
+    wait(OVERLAP)
+    dtype = normed_ptr.dtype.element_ty
+    if PARTS:
+        total = tl.zeros((BLOCK,), dtype=tl.float32)
+        for part in tl.static_range(PARTS):
+            total += tl.load(x_ptr + (part * rows + row) * width + column, mask=ok, other=0.0)
+        x = total.to(dtype)
+    else:
+        x = tl.load(x_ptr + row * width + column, mask=ok, other=0.0)
     if HAS_RESIDUAL:
         residual = tl.load(residual_ptr + row * width + column, mask=ok, other=0.0)
-        x = (x.to(tl.float32) + residual.to(tl.float32)).to(x_ptr.dtype.element_ty)
+        x = (x.to(tl.float32) + residual.to(tl.float32)).to(dtype)
+    if HAS_RESIDUAL or PARTS:
         tl.store(sum_ptr + row * width + column, x, mask=ok)
     value = x.to(tl.float32)
     scale = tl.rsqrt(tl.sum(value * value, axis=0) / width + eps)
-    weight = tl.load(weight_ptr + column, mask=ok, other=0.0).to(tl.float32)
-    tl.store(normed_ptr + row * width + column, (value * scale * weight).to(x_ptr.dtype.element_ty), mask=ok)
+    tl.store(normed_ptr + row * width + column, (value * scale * weight).to(dtype), mask=ok)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(rms_norm(x + residual) * weight, x + residual) for x, residual [T, width], contiguous.
 
-    Without a residual the second result is x itself.
+    x may be float32 parts [S, T, width], whose sum is meant, rounded to weight's dtype. Without a residual the second
+    result is x itself.
     """
-    normed = torch.empty_like(x)
-    total = x if residual is None else torch.empty_like(x)
-    width = x.shape[1]
+    parts = x.shape[0] if x.dim() == 3 else 0
+    rows, width = x.shape[-2:]
+    normed = torch.empty((rows, width), dtype=weight.dtype, device=x.device)
+    total = x if residual is None and not parts else torch.empty_like(normed)
     block = triton.next_power_of_2(width)
-    _kernel[(x.shape[0],)](
-        x, residual if residual is not None else x, weight, normed, total, width, eps,
-        HAS_RESIDUAL=residual is not None, BLOCK=block, num_warps=min(16, max(1, block // 256)),
+    overlap = x.is_cuda and overlaps()
+    _kernel[(rows,)](
+        x, residual if residual is not None else x, weight, normed, total, rows, width, eps,
+        PARTS=parts, HAS_RESIDUAL=residual is not None, BLOCK=block, OVERLAP=overlap,
+        num_warps=min(16, max(1, block // 256)), **launch_options(overlap),
     )  # fmt: skip
     return normed, total

@@ -1,12 +1,14 @@
-"""Products of a few rows with an int4 matrix: the weights are read once, unpacked in registers.
+"""Products of up to some hundred rows with an int4 matrix, unpacked in registers and multiplied on the matrix units.
 
-Layout of the packed weight, `words` int32 [N, K / 8]: inputs are taken in blocks of 128, which are 16 words;
-nibble i of word j of a block holds input 16 i + j of the block. So the same nibble of 16 neighbouring words
-is 16 neighbouring inputs, which is what a row of activations is read by.
+The matrix is the left operand, outputs by inputs, because that one the matrix units take from registers: nothing of
+it is written anywhere after it was read. Its layout is made for that. Inputs are taken in runs of 32, which are four
+words; word c of a run holds, in its nibble h * 2 + e + 4 * b (from the lowest), input 16 h + 8 e + 2 c + b of the run.
+These are the inputs that one thread multiplies, and the two of a pair (b) stand where two 16-bit numbers stand: a
+shift, a mask and a subtraction unpack both at once. `words` int32 [N / 64, K / 128, 64, 16]: what a program reads at a
+time are 64 outputs of 128 inputs, 4 KiB end to end (rows of 64 bytes, far apart, were read half as fast).
 
-Two kernels, chosen by the number of rows: `_rows_kernel` multiplies on the ordinary float units (it builds
-float32 values from nibbles by placing them in the mantissa of a constant), `_tile_kernel` on the matrix
-units.
+`meta` int32 [K / group_size, N] holds a group's scale in the lower and its zero point in the upper 16 bits, both as
+numbers of the dtype, the zero point on top of the same constant that nibbles are built on.
 """
 
 from __future__ import annotations
@@ -19,313 +21,313 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from huoyan.kernels.dependent_launch import begin, launch_options, overlaps, prefetch_lines, wait
+
 BLOCK = 128
-"""Inputs in a block of 16 words."""
-MAX_ROWS = 64
+"""Inputs that are multiplied at a time; their number must be a multiple of it."""
+TILE = 64
+"""Outputs that stand together."""
+MAX_ROWS = 192
 """More rows than this are for a dense product of the dequantized matrix."""
+_BUILT_ON = {torch.float16: 1024.0, torch.bfloat16: 128.0}
+"""A nibble in the lowest bits of this number's mantissa is the number plus the nibble."""
 
 
 def pack_words(q: Tensor) -> Tensor:
-    """uint8 [N, K] of values 0 to 15, K a multiple of 128 -> int32 [N, K / 8] in the layout above."""
-    nibbles = q.unflatten(1, (-1, 8, 16)).to(torch.int32)
-    words: Tensor = nibbles[:, :, 0].clone()
-    for i in range(1, 8):
-        words |= nibbles[:, :, i] << (4 * i)
-    return words.flatten(1)
+    """uint8 [N, K] of values 0 to 15, K a multiple of 128 -> int32 [N / 64, K / 128, 64, 16] in the layout above.
+
+    N is rounded up to a multiple of 64, with zeros.
+    """
+    rows = -(-q.shape[0] // TILE) * TILE
+    words = torch.zeros(rows, q.shape[1] // 8, dtype=torch.int32, device=q.device)
+    runs = q.unflatten(1, (-1, 2, 2, 4, 2))  # N, run, h, e, c, b
+    filled = words[: q.shape[0]].unflatten(1, (-1, 4))
+    for h in range(2):
+        for e in range(2):
+            for b in range(2):
+                filled |= runs[:, :, h, e, :, b].to(torch.int32) << 4 * (2 * h + e + 4 * b)
+    return words.unflatten(1, (-1, 16)).unflatten(0, (-1, TILE)).transpose(1, 2).contiguous()
 
 
 def unpack_words(words: Tensor) -> Tensor:
-    """The inverse of `pack_words`."""
-    blocks = words.unflatten(1, (-1, 16))
-    return torch.stack([(blocks >> (4 * i)) & 15 for i in range(8)], dim=2).to(torch.uint8).flatten(1)
+    """The inverse of `pack_words`: uint8 [N, K], the rows that fill the last tile included."""
+    runs = words.transpose(1, 2).flatten(2).flatten(0, 1).unflatten(1, (-1, 4))
+    out = torch.empty(*runs.shape[:2], 2, 2, 4, 2, dtype=torch.uint8, device=words.device)
+    for h in range(2):
+        for e in range(2):
+            for b in range(2):
+                out[:, :, h, e, :, b] = ((runs >> 4 * (2 * h + e + 4 * b)) & 15).to(torch.uint8)
+    return out.flatten(1)
 
 
-def int4_matmul_reference(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    """float32 [M, N] in plain PyTorch: x [M, K], scales and zeros [N, K / group_size]."""
-    return x.float() @ dequantize_reference(words, scales, zeros).T
+def pack_meta(scales: Tensor, zeros: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales and zero points (whole numbers, 0 to 16) [N, K / group_size] -> int32 [K / group_size, N]."""
+    low = scales.to(dtype).view(torch.int16).to(torch.int32) & 0xFFFF
+    high = (zeros.float() + _BUILT_ON[dtype]).to(dtype).view(torch.int16).to(torch.int32) << 16
+    return (low | high).T.contiguous()
 
 
-def dequantize_reference(words: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    """float32 [N, K]."""
-    q = unpack_words(words).unflatten(1, (scales.shape[1], -1)).float()
-    weight: Tensor = (q - zeros.float().unsqueeze(-1)) * scales.float().unsqueeze(-1)
+def unpack_meta(meta: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The inverse of `pack_meta`: scales and zero points of `dtype`, [N, K / group_size]."""
+    low, high = ((meta >> shift).to(torch.int16).view(dtype).T.contiguous() for shift in (0, 16))
+    return low, high - _BUILT_ON[dtype]
+
+
+def dequantize_reference(words: Tensor, meta: Tensor, dtype: torch.dtype) -> Tensor:
+    """float32 [N, K]; `dtype`: of the numbers in `meta`."""
+    scales, zeros = (part.float().unsqueeze(-1) for part in unpack_meta(meta, dtype))
+    q = unpack_words(words)[: meta.shape[1]].unflatten(1, (meta.shape[0], -1)).float()
+    weight: Tensor = (q - zeros) * scales
     return weight.flatten(1)
+
+
+def int4_matmul_reference(x: Tensor, words: Tensor, meta: Tensor) -> Tensor:
+    """float32 [M, N] in plain PyTorch."""
+    return x.float() @ dequantize_reference(words, meta, x.dtype).T
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """How one shape is cut: columns and 128-blocks a program takes at a time, programs sharing the inputs."""
+    """How one shape is cut: outputs and rows of a program, programs that share the inputs, blocks fetched ahead of the
+    wait; whether weights are scaled before they are multiplied, and not their sums."""
 
     block_n: int
-    blocks: int
     split: int
     warps: int
-    stages: int = 3
+    stages: int
+    prefetch: int = 0
+    block_m: int = 16
+    scaled: bool = False
+    unroll: int = 1
 
 
 @triton.jit
-def _rows_kernel(
-    x_ptr, words_ptr, scales_ptr, zeros_ptr, bias_ptr, out_ptr,
-    N, K,
-    M: tl.constexpr, GROUP: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr,
-):  # fmt: skip
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    split = tl.program_id(1)
-    b = tl.arange(0, BLOCKS)
-    j = tl.arange(0, 16)
-    num_blocks = K // 128
-    per_split = tl.cdiv(tl.cdiv(num_blocks, SPLIT), BLOCKS) * BLOCKS
-    first = split * per_split
-    last = tl.minimum(first + per_split, num_blocks)
-    groups = K // GROUP
-    row = n[:, None, None]
-    row_ok = row < N
-    acc = tl.zeros((M, BLOCK_N, BLOCKS, 16), dtype=tl.float32)
-    for start in range(first, last, BLOCKS):
-        block = (start + b)[None, :, None]
-        ok = block < last
-        w = tl.load(
-            words_ptr + row.to(tl.int64) * (K // 8) + block * 16 + j[None, None, :], mask=row_ok & ok, other=0
-        )
-        up8 = w << 8
-        down8 = w >> 8
-        one = 0x3F800000
-        high = 0x000F0000
-        low = 0x0000F000
-        f0 = (((w << 16) & high) | one).to(tl.float32, bitcast=True)
-        f1 = ((up8 & low) | one).to(tl.float32, bitcast=True)
-        f2 = ((up8 & high) | one).to(tl.float32, bitcast=True)
-        f3 = ((w & low) | one).to(tl.float32, bitcast=True)
-        f4 = ((w & high) | one).to(tl.float32, bitcast=True)
-        f5 = ((down8 & low) | one).to(tl.float32, bitcast=True)
-        f6 = ((down8 & high) | one).to(tl.float32, bitcast=True)
-        f7 = (((w >> 12) & high) | one).to(tl.float32, bitcast=True)
-        m = tl.arange(0, M)[:, None, None, None]
-        x_at = x_ptr + m * K + block[None] * 128 + j[None, None, None, :]
-        x_ok = ok[None]
-        x0 = tl.load(x_at, mask=x_ok, other=0.0).to(tl.float32)
-        x1 = tl.load(x_at + 16, mask=x_ok, other=0.0).to(tl.float32)
-        x2 = tl.load(x_at + 32, mask=x_ok, other=0.0).to(tl.float32)
-        x3 = tl.load(x_at + 48, mask=x_ok, other=0.0).to(tl.float32)
-        x4 = tl.load(x_at + 64, mask=x_ok, other=0.0).to(tl.float32)
-        x5 = tl.load(x_at + 80, mask=x_ok, other=0.0).to(tl.float32)
-        x6 = tl.load(x_at + 96, mask=x_ok, other=0.0).to(tl.float32)
-        x7 = tl.load(x_at + 112, mask=x_ok, other=0.0).to(tl.float32)
-        # a value built as 1 + q / 128 (or / 2048): the ones are taken off with the zero points
-        if GROUP >= 128:
-            group = block // (GROUP // 128)
-            at = row * groups + group
-            s = tl.load(scales_ptr + at, mask=row_ok & ok, other=0.0).to(tl.float32)
-            z = tl.load(zeros_ptr + at, mask=row_ok & ok, other=0.0).to(tl.float32)
-            high_sum = f0[None] * x0 + f2[None] * x2 + f4[None] * x4 + f6[None] * x6 + f7[None] * x7
-            low_sum = f1[None] * x1 + f3[None] * x3 + f5[None] * x5
-            x_high = x0 + x2 + x4 + x6 + x7
-            x_low = x1 + x3 + x5
-            ones = x_high * 128.0 + x_low * 2048.0
-            total = high_sum * 128.0 + low_sum * 2048.0 - ones - z[None] * (x_high + x_low)
-            acc += total * s[None]
+def _pair(w, zero, HIGH: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr):
+    """Of words, two nibbles less their zero point as two tensors of 16-bit numbers: those in bits 0 and 16, or if HIGH
+    those in bits 4 and 20.
+
+    A nibble is put into the mantissa of a constant c, in the higher place as 16 times itself; there the sum is divided
+    by 16. `zero`: in both halves minus (the zero point + c or c / 16). All of it is exact. bfloat16 has no room for
+    the higher place. In assembly two instructions; the interpreter has none.
+    """
+    if ASM:
+        if BF16:
+            low, high = tl.inline_asm_elementwise(
+                "{.reg .b32 t, m, s; mov.b32 m, 0x43004300; mov.b32 s, 0x3f803f80;"
+                "lop3.b32 t, $2, 0x000f000f, m, 0xea; fma.rn.bf16x2 t, t, s, $3; mov.b32 {$0, $1}, t;}",
+                "=h,=h,r,r", [w, zero], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=1,
+            )  # fmt: skip
+        elif HIGH:
+            low, high = tl.inline_asm_elementwise(
+                "{.reg .b32 t, m, s; mov.b32 m, 0x64006400; mov.b32 s, 0x2c002c00;"
+                "lop3.b32 t, $2, 0x00f000f0, m, 0xea; fma.rn.f16x2 t, t, s, $3; mov.b32 {$0, $1}, t;}",
+                "=h,=h,r,r", [w, zero], dtype=(tl.float16, tl.float16), is_pure=True, pack=1,
+            )  # fmt: skip
         else:
-            per_block = 128 // GROUP
-            at = row * groups + block * per_block
-            for part in tl.static_range(per_block):
-                s = tl.load(scales_ptr + at + part, mask=row_ok & ok, other=0.0).to(tl.float32)
-                z = tl.load(zeros_ptr + at + part, mask=row_ok & ok, other=0.0).to(tl.float32)
-                if per_block == 2:
-                    if part == 0:
-                        value = (f0[None] * x0 + f2[None] * x2 - x0 - x2) * 128.0 + (
-                            f1[None] * x1 + f3[None] * x3 - x1 - x3
-                        ) * 2048.0
-                        value -= z[None] * (x0 + x1 + x2 + x3)
-                    else:
-                        value = (f4[None] * x4 + f6[None] * x6 + f7[None] * x7 - x4 - x6 - x7) * 128.0 + (
-                            f5[None] * x5 - x5
-                        ) * 2048.0
-                        value -= z[None] * (x4 + x5 + x6 + x7)
-                else:
-                    if part == 0:
-                        value = (f0[None] * x0 - x0) * 128.0 + (f1[None] * x1 - x1) * 2048.0
-                        value -= z[None] * (x0 + x1)
-                    elif part == 1:
-                        value = (f2[None] * x2 - x2) * 128.0 + (f3[None] * x3 - x3) * 2048.0
-                        value -= z[None] * (x2 + x3)
-                    elif part == 2:
-                        value = (f4[None] * x4 - x4) * 128.0 + (f5[None] * x5 - x5) * 2048.0
-                        value -= z[None] * (x4 + x5)
-                    else:
-                        value = (f6[None] * x6 + f7[None] * x7 - x6 - x7) * 128.0 - z[None] * (x6 + x7)
-                acc += value * s[None]
-    sums = tl.sum(tl.sum(acc, axis=3), axis=2)
-    if HAS_BIAS and SPLIT == 1:
-        sums += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    m_out = tl.arange(0, M)[:, None]
-    out_at = out_ptr + (split * M + m_out) * N + n[None, :]
-    tl.store(out_at, sums.to(out_ptr.dtype.element_ty), mask=n[None, :] < N)
+            low, high = tl.inline_asm_elementwise(
+                "{.reg .b32 t, m; mov.b32 m, 0x64006400; lop3.b32 t, $2, 0x000f000f, m, 0xea;"
+                "add.f16x2 t, t, $3; mov.b32 {$0, $1}, t;}",
+                "=h,=h,r,r", [w, zero], dtype=(tl.float16, tl.float16), is_pure=True, pack=1,
+            )  # fmt: skip
+    else:
+        dtype: tl.constexpr = tl.bfloat16 if BF16 else tl.float16
+        BITS: tl.constexpr = 0x4300 if BF16 else 0x6400
+        MASK: tl.constexpr = 0xF0 if HIGH else 0xF
+        PART: tl.constexpr = 0.0625 if HIGH else 1.0
+        less = zero.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+        low = ((w & MASK) | BITS).to(tl.int16).to(dtype, bitcast=True)
+        high = (((w >> 16) & MASK) | BITS).to(tl.int16).to(dtype, bitcast=True)
+        low = (low.to(tl.float32) * PART + less).to(dtype)
+        high = (high.to(tl.float32) * PART + less).to(dtype)
+    return low, high
 
 
 @triton.jit
-def _tile_kernel(
-    x_ptr, words_ptr, scales_ptr, zeros_ptr, bias_ptr, out_ptr,
-    M, N, K,
-    GROUP: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+def _spread(meta, WIDTH: tl.constexpr):
+    """[N, groups] -> [N, WIDTH]"""
+    N: tl.constexpr = meta.shape[0]
+    GROUPS: tl.constexpr = meta.shape[1]
+    return tl.reshape(tl.broadcast_to(meta[:, :, None], (N, GROUPS, WIDTH // GROUPS)), (N, WIDTH))
+
+
+@triton.jit
+def _less(meta, CONSTANT: tl.constexpr, BF16: tl.constexpr):
+    """Minus (a constant + the zero point of `meta`), in both halves."""
+    dtype: tl.constexpr = tl.bfloat16 if BF16 else tl.float16
+    BUILT_ON: tl.constexpr = 128.0 if BF16 else 1024.0
+    zero = (meta >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+    bits = (BUILT_ON - CONSTANT - zero).to(dtype).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    return bits | (bits << 16)
+
+
+@triton.jit
+def _unpacked(w, meta, BF16: tl.constexpr, SCALED: tl.constexpr, ASM: tl.constexpr):
+    """Words [N, 16] and their groups' numbers, int32 [N, groups] -> weights [N, 128], without scales if not SCALED."""
+    N: tl.constexpr = w.shape[0]
+    CONSTANT: tl.constexpr = 128.0 if BF16 else 1024.0
+    less = _spread(_less(meta, CONSTANT, BF16), 16)
+    shifted = w >> 8
+    low0, high0 = _pair(w, less, False, BF16, ASM)
+    low2, high2 = _pair(shifted, less, False, BF16, ASM)
+    if BF16:
+        low1, high1 = _pair(w >> 4, less, False, BF16, ASM)
+        low3, high3 = _pair(w >> 12, less, False, BF16, ASM)
+    else:
+        less_high = _spread(_less(meta, CONSTANT / 16, BF16), 16)
+        low1, high1 = _pair(w, less_high, True, BF16, ASM)
+        low3, high3 = _pair(shifted, less_high, True, BF16, ASM)
+    # [N, word, b, e] for h = 0 and 1, then [N, word, b, e, h]
+    first = tl.join(tl.join(low0, high0), tl.join(low1, high1))
+    second = tl.join(tl.join(low2, high2), tl.join(low3, high3))
+    apart = tl.reshape(tl.join(first, second), (N, 4, 4, 2, 2, 2))  # N, run, c, b, e, h
+    weight = tl.reshape(tl.permute(apart, (0, 1, 5, 4, 2, 3)), (N, 128))
+    if SCALED:
+        weight *= _spread(meta.to(tl.int16).to(weight.dtype, bitcast=True), 128)
+    return weight
+
+
+@triton.jit
+def _load_meta(meta_ptr, n, n_ok, width, block, GROUP: tl.constexpr):
+    """int32 [N, groups of a block]"""
+    if GROUP >= 128:
+        at = (block // (GROUP // 128)) * width + n[:, None]
+    else:
+        GROUPS: tl.constexpr = 128 // GROUP
+        at = (block * GROUPS + tl.arange(0, GROUPS)[None, :]) * width + n[:, None]
+    return tl.load(meta_ptr + at, mask=n_ok[:, None], other=0)
+
+
+@triton.jit
+def _load_words(at, n_ok, EVEN: tl.constexpr):
+    # A mask that is always true would still be looked at.
+    if EVEN:
+        return tl.load(at)
+    else:
+        return tl.load(at, mask=n_ok[:, None], other=0)
+
+
+@triton.jit
+def _matmul_kernel(
+    x_ptr, words_ptr, meta_ptr, bias_ptr, out_ptr, M, N, K,
+    GROUP: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, SCALED: tl.constexpr,
+    EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PREFETCH: tl.constexpr,
+    UNROLL: tl.constexpr, ASM: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    begin(OVERLAP)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
-    m = tl.arange(0, BLOCK_M)
+    m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     j = tl.arange(0, 16)
+    k = tl.arange(0, 128)
+    BF16: tl.constexpr = x_ptr.dtype.element_ty == tl.bfloat16
     num_blocks = K // 128
     per_split = tl.cdiv(num_blocks, SPLIT)
     first = split * per_split
     last = tl.minimum(first + per_split, num_blocks)
-    groups = K // GROUP
-    n_ok = n < N
+    n_ok = n < (N + BLOCK_N if EVEN else N)
     x_ok = (m < M)[:, None]
-    dtype = x_ptr.dtype.element_ty
-    # a nibble in the lowest bits of this constant's mantissa is the constant plus the nibble
-    built_on = 128.0 if dtype == tl.bfloat16 else 1024.0
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for block in tl.range(first, last, num_stages=STAGES):
-        w = tl.load(
-            words_ptr + n[None, :].to(tl.int64) * (K // 8) + block * 16 + j[:, None],
-            mask=n_ok[None, :],
-            other=0,
-        )
-        x_at = x_ptr + m[:, None] * K + block * 128 + j[None, :]
-        group_dots = 8 if GROUP >= 128 else GROUP // 16
-        for part in tl.static_range(8 // group_dots):
-            value = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-            x_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
-            for k in tl.static_range(group_dots):
-                i = part * group_dots + k
-                x = tl.load(x_at + 16 * i, mask=x_ok, other=0.0)
-                q = ((w >> (4 * i)) & 15).to(tl.uint16)
-                if dtype == tl.bfloat16:
-                    weight = (q | 0x4300).to(tl.bfloat16, bitcast=True)
-                else:
-                    weight = (q | 0x6400).to(tl.float16, bitcast=True)
-                value = tl.dot(x, weight, value)
-                x_sum += tl.sum(x.to(tl.float32), axis=1)
-            at = (
-                n * groups + block // (GROUP // 128)
-                if GROUP >= 128
-                else n * groups + block * (128 // GROUP) + part
-            )
-            s = tl.load(scales_ptr + at, mask=n_ok, other=0.0).to(tl.float32)
-            z = tl.load(zeros_ptr + at, mask=n_ok, other=0.0).to(tl.float32) + built_on
-            acc += (value - x_sum[:, None] * z[None, :]) * s[None, :]
-    if HAS_BIAS and SPLIT == 1:
-        acc += tl.load(bias_ptr + n, mask=n_ok, other=0.0).to(tl.float32)[None, :]
-    out_at = out_ptr + (split * M + m[:, None]) * N + n[None, :]
-    tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=x_ok & n_ok[None, :])
-
-
-@triton.jit
-def _sum_splits_kernel(
-    parts_ptr, bias_ptr, out_ptr, MN, N, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    ok = at < MN
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for split in tl.static_range(SPLIT):
-        total += tl.load(parts_ptr + split * MN + at, mask=ok, other=0.0)
+    tile = words_ptr + (n // 64)[:, None].to(tl.int64) * (K * 8)
+    words_at = tile + (n % 64)[:, None] * 16 + j[None, :]
+    if PREFETCH:
+        # Half a line for each output and block.
+        blocks = tl.minimum(first + tl.arange(0, PREFETCH), num_blocks - 1)[None, :]
+        ahead = tile + blocks * 1024 + (n % 64)[:, None] * 16
+        prefetch_lines(ahead)
+    wait(OVERLAP)
+    x_at = x_ptr + m[:, None] * K + k[None, :]
+    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    for block in tl.range(first, last, num_stages=STAGES, loop_unroll_factor=UNROLL):
+        w = _load_words(words_at + block * 1024, n_ok, EVEN)
+        x = tl.trans(tl.load(x_at + block * 128, mask=x_ok, other=0.0))
+        meta = _load_meta(meta_ptr, n, n_ok, N, block, GROUP)
+        weight = _unpacked(w, meta, BF16, SCALED, ASM)
+        if SCALED:
+            acc = tl.dot(weight, x, acc)
+        else:
+            acc += tl.dot(weight, x) * meta.to(tl.int16).to(weight.dtype, bitcast=True).to(tl.float32)
     if HAS_BIAS:
-        total += tl.load(bias_ptr + at % N, mask=ok, other=0.0).to(tl.float32)
-    tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=ok)
+        acc += tl.load(bias_ptr + n, mask=n_ok, other=0.0).to(tl.float32)[:, None]
+    out_at = out_ptr + (split * M + m[None, :]) * N + n[:, None]
+    tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=(m < M)[None, :] & n_ok[:, None])
 
 
 @triton.jit
 def _dequantize_kernel(
-    words_ptr, scales_ptr, zeros_ptr, out_ptr, N, K, GROUP: tl.constexpr, BLOCK_N: tl.constexpr
+    words_ptr, meta_ptr, out_ptr, rows, first_row, width, K,
+    GROUP: tl.constexpr, BLOCK_N: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     block = tl.program_id(1)
-    j = tl.arange(0, 16)[None, :]
-    ok = n < N
-    groups = K // GROUP
-    w = tl.load(words_ptr + n.to(tl.int64) * (K // 8) + block * 16 + j, mask=ok, other=0)
-    for i in tl.static_range(8):
-        group = block // (GROUP // 128) if GROUP >= 128 else block * (128 // GROUP) + (16 * i) // GROUP
-        s = tl.load(scales_ptr + n * groups + group, mask=ok, other=0.0).to(tl.float32)
-        z = tl.load(zeros_ptr + n * groups + group, mask=ok, other=0.0).to(tl.float32)
-        value = (((w >> (4 * i)) & 15).to(tl.float32) - z) * s
-        out_at = out_ptr + n.to(tl.int64) * K + block * 128 + 16 * i + j
-        tl.store(out_at, value.to(out_ptr.dtype.element_ty), mask=ok)
+    ok = row < rows
+    n = first_row + row
+    tile = words_ptr + (n // 64)[:, None].to(tl.int64) * (K * 8) + block * 1024
+    w = tl.load(tile + (n % 64)[:, None] * 16 + tl.arange(0, 16)[None, :], mask=ok[:, None], other=0)
+    meta = _load_meta(meta_ptr, n, ok, width, block, GROUP)
+    BF16: tl.constexpr = out_ptr.dtype.element_ty == tl.bfloat16
+    weight = _unpacked(w, meta, BF16, True, ASM)
+    out_at = out_ptr + row[:, None].to(tl.int64) * K + block * 128 + tl.arange(0, 128)[None, :]
+    tl.store(out_at, weight, mask=ok[:, None])
 
 
 @lru_cache(maxsize=1024)
-def choose(m: int, n: int, k: int) -> tuple[str, Tuning]:
-    """Which kernel, cut how (measured: see benchmarks/NOTES.md, "int4 products")."""
-    blocks = k // BLOCK
-    if m <= 4:
-        wide = n >= 16384
-        return "rows", Tuning(block_n=8 if wide else 4, blocks=8, split=1, warps=4)
-    programs = -(-n // 64)
-    split = max(1, min(blocks // 4, -(-264 // programs)))
-    return "tile", Tuning(block_n=64, blocks=1, split=split, warps=4, stages=4)
+def choose(m: int, n: int, k: int, parts: bool = False) -> Tuning:
+    """How a product is cut (measured: see benchmarks/NOTES.md, "int4 products"). `parts`: whether inputs may be
+    shared out among programs whose sums the next kernel adds."""
+    if m > 16:
+        few = m <= 64
+        split = max(1, min(k // BLOCK // 4, 7 if few else 4)) if parts else 1
+        return Tuning(128 if parts else 64, split, warps=4, stages=4, block_m=64)
+    if not parts:
+        return Tuning(64, 1, warps=4, stages=4, prefetch=4)
+    split = max(1, min(k // BLOCK // 4, 11))
+    return Tuning(64, split, warps=4, stages=4, prefetch=4)
 
 
 def int4_matmul(
     x: Tensor,
     words: Tensor,
-    scales: Tensor,
-    zeros: Tensor,
+    meta: Tensor,
     bias: Tensor | None = None,
     *,
-    plan: tuple[str, Tuning] | None = None,
+    parts: bool = False,
+    tuning: Tuning | None = None,
 ) -> Tensor:
-    """x [M, K] (float16 or bfloat16, M <= 64) times the int4 matrix [N, K] -> [M, N] in the dtype of x.
+    """x [M, K] times the matrix of `words` (of `pack_words`) and `meta` [K / group_size, N].
 
     Args:
-        words: int32 [N, K / 8], as `pack_words` makes them.
-        scales, zeros: [N, K / group_size] of a float dtype; group sizes 32, 64, 128 or multiples of 128.
-        plan: overrides the measured choice (for tuning).
+        x: float16 or bfloat16, contiguous, K a multiple of 128; M at most MAX_ROWS.
+        meta: of numbers of x's dtype.
+        bias: [N], not of parts.
+        parts: where it is faster, give float32 [S, M, N], to be summed by whoever reads it.
+
+    Returns:
+        [M, N] in the dtype of x, or parts.
     """
     m, k = x.shape
-    n = words.shape[0]
-    group = k // scales.shape[1]
-    kind, tuning = plan or choose(m, n, k)
-    x = x.contiguous()
+    n = meta.shape[1]
+    group = k // meta.shape[0]
+    tuning = tuning or choose(m, n, k, parts)
     split = tuning.split
-    out = torch.empty((m, n), dtype=x.dtype, device=x.device)
-    target = out if split == 1 else torch.empty((split, m, n), dtype=torch.float32, device=x.device)
-    bias_arg = bias if bias is not None else x
-    grid = (triton.cdiv(n, tuning.block_n), split)
-    if kind == "rows":
-        rows = triton.next_power_of_2(m)
-        if rows != m:
-            x = torch.nn.functional.pad(x, (0, 0, 0, rows - m))
-            target = torch.empty(
-                (split, rows, n), dtype=torch.float32 if split > 1 else x.dtype, device=x.device
-            )
-        _rows_kernel[grid](
-            x, words, scales, zeros, bias_arg, target, n, k,
-            M=rows, GROUP=group, HAS_BIAS=bias is not None, SPLIT=split,
-            BLOCK_N=tuning.block_n, BLOCKS=tuning.blocks, num_warps=tuning.warps,
-        )  # fmt: skip
-        if rows != m:
-            if split == 1:
-                return target[0, :m]
-            target = target[:, :m].contiguous()
-    else:
-        block_m = max(16, triton.next_power_of_2(m))
-        _tile_kernel[grid](
-            x, words, scales, zeros, bias_arg, target, m, n, k,
-            GROUP=group, HAS_BIAS=bias is not None, SPLIT=split,
-            BLOCK_M=block_m, BLOCK_N=tuning.block_n, STAGES=tuning.stages, num_warps=tuning.warps,
-        )  # fmt: skip
     if split > 1:
-        _sum_splits_kernel[(triton.cdiv(m * n, 1024),)](
-            target, bias_arg, out, m * n, n, HAS_BIAS=bias is not None, SPLIT=split, BLOCK=1024
-        )
+        out = torch.empty((split, m, n), dtype=torch.float32, device=x.device)
+    else:
+        out = torch.empty((m, n), dtype=x.dtype, device=x.device)
+    overlap = x.is_cuda and overlaps()
+    _matmul_kernel[(triton.cdiv(n, tuning.block_n), split, triton.cdiv(m, tuning.block_m))](
+        x, words, meta, bias if bias is not None else x, out, m, n, k,
+        GROUP=group, HAS_BIAS=bias is not None, SPLIT=split, SCALED=group < BLOCK or tuning.scaled,
+        EVEN=n % tuning.block_n == 0, BLOCK_M=tuning.block_m, BLOCK_N=tuning.block_n, STAGES=tuning.stages,
+        PREFETCH=tuning.prefetch if overlap else 0, UNROLL=tuning.unroll, ASM=x.is_cuda, OVERLAP=overlap,
+        num_warps=tuning.warps, **launch_options(overlap),
+    )  # fmt: skip
     return out
 
 
-def dequantize(words: Tensor, scales: Tensor, zeros: Tensor, dtype: torch.dtype) -> Tensor:
-    """The dense matrix [N, K], for products of many rows."""
-    n, k = words.shape[0], words.shape[1] * 8
-    out = torch.empty((n, k), dtype=dtype, device=words.device)
-    _dequantize_kernel[(triton.cdiv(n, 32), k // BLOCK)](
-        words, scales, zeros, out, n, k, GROUP=k // scales.shape[1], BLOCK_N=32, num_warps=4
-    )
+def dequantize(words: Tensor, meta: Tensor, start: int, stop: int, out: Tensor) -> Tensor:
+    """Rows start to stop of the dense matrix, for products of many rows; `out` [stop - start, K], filled."""
+    width, k = meta.shape[1], words.shape[1] * BLOCK
+    _dequantize_kernel[(triton.cdiv(stop - start, 64), k // BLOCK)](
+        words, meta, out, stop - start, start, width, k,
+        GROUP=k // meta.shape[0], BLOCK_N=64, ASM=words.is_cuda, num_warps=4,
+    )  # fmt: skip
     return out

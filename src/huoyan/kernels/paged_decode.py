@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from huoyan.kernels.dependent_launch import begin, launch_options, overlaps, wait
 from huoyan.layers.kv_numbers import dequantize
 
 TILE = 64
@@ -70,11 +71,13 @@ def _part_kernel(
     scale, q_stride, table_stride,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, HEAD_DIM: tl.constexpr,
     DIM_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr,
-    SCALES: tl.constexpr,
+    SCALES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    begin(OVERLAP)
     row = tl.program_id(0)
     head = tl.program_id(1)
     part = tl.program_id(2)
+    wait(OVERLAP)
     length = tl.load(lens_ptr + row)
     tiles = tl.cdiv(length, TILE)
     tiles_a_part = tl.cdiv(tiles, PARTS)
@@ -122,12 +125,14 @@ def _part_kernel(
 @triton.jit
 def _join_kernel(
     out_ptr, part_out_ptr, part_max_ptr, part_sum_ptr,
-    HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, PARTS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, PARTS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    begin(OVERLAP)
     head_row = tl.program_id(0)
     part = tl.arange(0, PARTS)
     d = tl.arange(0, DIM_PADDED)
     d_ok = d < HEAD_DIM
+    wait(OVERLAP)
     top = tl.load(part_max_ptr + head_row * PARTS + part)
     weight = tl.exp2(top - tl.max(top, axis=0))
     total = tl.sum(tl.load(part_sum_ptr + head_row * PARTS + part) * weight, axis=0)
@@ -170,16 +175,19 @@ def paged_decode(
     part_max = torch.empty(shape, dtype=torch.float32, device=q.device)
     part_sum = torch.empty(shape, dtype=torch.float32, device=q.device)
     padded = max(16, triton.next_power_of_2(head_dim))
+    overlap = q.is_cuda and overlaps()
     _part_kernel[(batch, kv_heads, parts)](
         q, keys, values, q if key_scales is None else key_scales, q if value_scales is None else value_scales,
         block_tables, seq_lens, out, part_out, part_max, part_sum,
         head_dim**-0.5, q.stride(0), block_tables.stride(0),
         KV_HEADS=kv_heads, GROUP=group, GROUP_PADDED=max(16, triton.next_power_of_2(group)), HEAD_DIM=head_dim,
         DIM_PADDED=padded, BLOCK_SIZE=block_size, PARTS=parts, TILE=TILE,
-        SCALES=0 if key_scales is None else key_scales.shape[-1], num_warps=4, num_stages=3,
+        SCALES=0 if key_scales is None else key_scales.shape[-1], OVERLAP=overlap, num_warps=4, num_stages=3,
+        **launch_options(overlap),
     )  # fmt: skip
     if parts > 1:
         _join_kernel[(batch * heads,)](
-            out, part_out, part_max, part_sum, HEAD_DIM=head_dim, DIM_PADDED=padded, PARTS=parts, num_warps=4
-        )
+            out, part_out, part_max, part_sum, HEAD_DIM=head_dim, DIM_PADDED=padded, PARTS=parts,
+            OVERLAP=overlap, num_warps=4, **launch_options(overlap),
+        )  # fmt: skip
     return out

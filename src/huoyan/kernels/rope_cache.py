@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from huoyan.kernels.dependent_launch import begin, launch_options, overlaps, wait
 from huoyan.layers.kv_numbers import LARGEST, SMALLEST_SCALE, quantize
 
 
@@ -19,10 +20,15 @@ def rope_cache_reference(
     values: Tensor,
     key_scales: Tensor | None = None,
     value_scales: Tensor | None = None,
+    bias: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The same in plain PyTorch; see `rope_cache`. Returns the rotated qkv, writes to the cache."""
     from huoyan.layers.rope import apply_rope
 
+    if qkv.dim() == 3:
+        total = qkv.sum(0) if bias is None else qkv.sum(0) + bias.float()
+        qkv = total.to(dtype or keys.dtype)
     kv_heads, head_dim = keys.shape[2], keys.shape[3]
     heads = qkv.unflatten(-1, (-1, head_dim))
     rows = table.index_select(0, positions.long())
@@ -84,29 +90,51 @@ def _store(
 
 
 @triton.jit
+def _half(qkv_ptr, bias_ptr, out_ptr, at, column, ok, all, PARTS: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """Half a head: as it stands, or the sum of its parts and its bias."""
+    if PARTS:
+        x = tl.zeros(column.shape, dtype=tl.float32)
+        for part in tl.static_range(PARTS):
+            x += tl.load(qkv_ptr + part * all + at, mask=ok, other=0.0)
+        if HAS_BIAS:
+            x += tl.load(bias_ptr + column, mask=ok, other=0.0).to(tl.float32)
+        x = x.to(out_ptr.dtype.element_ty)
+    else:
+        x = tl.load(qkv_ptr + at, mask=ok, other=0.0)
+    return x
+
+
+@triton.jit
 def _kernel(
-    qkv_ptr, positions_ptr, table_ptr, slots_ptr, keys_ptr, values_ptr, key_scales_ptr, value_scales_ptr,
+    qkv_ptr, bias_ptr, out_ptr, positions_ptr, table_ptr, slots_ptr, keys_ptr, values_ptr, key_scales_ptr,
+    value_scales_ptr, tokens,
+    PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, OVERLAP: tl.constexpr,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HALF_PADDED: tl.constexpr,
     SCALES: tl.constexpr, LARGEST: tl.constexpr, SMALLEST_SCALE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
+    begin(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     half = HEAD_DIM // 2
     d = tl.arange(0, HALF_PADDED)
     ok = d < half
-    at = qkv_ptr + token * (HEADS + 2 * KV_HEADS) * HEAD_DIM + head * HEAD_DIM + d
-    first = tl.load(at, mask=ok, other=0.0)
-    second = tl.load(at + half, mask=ok, other=0.0)
+    width = (HEADS + 2 * KV_HEADS) * HEAD_DIM
+    column = head * HEAD_DIM + d
+    at = token * width + column
+    all = tokens * width
+    wait(OVERLAP)
+    first = _half(qkv_ptr, bias_ptr, out_ptr, at, column, ok, all, PARTS, HAS_BIAS)
+    second = _half(qkv_ptr, bias_ptr, out_ptr, at + half, column + half, ok, all, PARTS, HAS_BIAS)
     slot = tl.load(slots_ptr + token).to(tl.int64)
     if head < HEADS + KV_HEADS:
         position = tl.load(positions_ptr + token).to(tl.int64)
         cos = tl.load(table_ptr + position * HEAD_DIM + d, mask=ok, other=0.0)
         sin = tl.load(table_ptr + position * HEAD_DIM + half + d, mask=ok, other=0.0)
         a, b = first.to(tl.float32), second.to(tl.float32)
-        first = (a * cos - b * sin).to(qkv_ptr.dtype.element_ty)
-        second = (b * cos + a * sin).to(qkv_ptr.dtype.element_ty)
-        tl.store(at, first, mask=ok)
-        tl.store(at + half, second, mask=ok)
+        first = (a * cos - b * sin).to(out_ptr.dtype.element_ty)
+        second = (b * cos + a * sin).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + at, first, mask=ok)
+        tl.store(out_ptr + at + half, second, mask=ok)
     if slot >= 0:
         if head >= HEADS + KV_HEADS:
             _store(
@@ -129,25 +157,36 @@ def rope_cache(
     values: Tensor,
     key_scales: Tensor | None = None,
     value_scales: Tensor | None = None,
+    bias: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Rotate q and k of `qkv` in place, and store k and v in the cache.
 
     Args:
-        qkv: [T, (heads + 2 kv_heads) * head_dim], contiguous; changed.
+        qkv: [T, (heads + 2 kv_heads) * head_dim], contiguous; changed. Or float32 parts of it, [S, T, …], to be
+            summed with `bias` and rounded to `dtype`; values then go to the cache alone.
         positions: [T] integers.
         table: float32 [positions, 2, head_dim / 2], cosines then sines.
         slot_mapping: [T] integers, block * block_size + offset; -1 leaves a token out of the cache.
         keys, values: one layer, [num_blocks, block_size, kv_heads, head_dim]; changed.
         key_scales, value_scales: of 8-bit caches, float16 [num_blocks, block_size, kv_heads, groups]; changed.
             One group a head, or an even number of them, of a head dimension that is a power of two.
+
+    Returns:
+        The rotated qkv.
     """
     kv_heads, head_dim = keys.shape[2], keys.shape[3]
-    heads = qkv.shape[1] // head_dim - 2 * kv_heads
-    _kernel[(qkv.shape[0], heads + 2 * kv_heads)](
-        qkv, positions, table, slot_mapping, keys, values,
-        qkv if key_scales is None else key_scales, qkv if value_scales is None else value_scales,
+    parts = qkv.shape[0] if qkv.dim() == 3 else 0
+    tokens, width = qkv.shape[-2:]
+    heads = width // head_dim - 2 * kv_heads
+    out = torch.empty((tokens, width), dtype=dtype, device=qkv.device) if parts else qkv
+    overlap = qkv.is_cuda and overlaps()
+    _kernel[(tokens, heads + 2 * kv_heads)](
+        qkv, qkv if bias is None else bias, out, positions, table, slot_mapping, keys, values,
+        qkv if key_scales is None else key_scales, qkv if value_scales is None else value_scales, tokens,
+        PARTS=parts, HAS_BIAS=bias is not None, OVERLAP=overlap,
         HEADS=heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim, HALF_PADDED=triton.next_power_of_2(head_dim // 2),
         SCALES=0 if key_scales is None else key_scales.shape[-1], LARGEST=LARGEST.get(keys.dtype, 0.0),
-        SMALLEST_SCALE=SMALLEST_SCALE, WHOLE=keys.dtype is torch.int8, num_warps=1,
+        SMALLEST_SCALE=SMALLEST_SCALE, WHOLE=keys.dtype is torch.int8, num_warps=1, **launch_options(overlap),
     )  # fmt: skip
-    return qkv
+    return out

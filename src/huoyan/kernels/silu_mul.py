@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from huoyan.kernels.dependent_launch import begin, launch_options, overlaps, wait
+
 
 def silu_mul_reference(gate_up: Tensor) -> Tensor:
     """In plain PyTorch."""
@@ -15,7 +17,9 @@ def silu_mul_reference(gate_up: Tensor) -> Tensor:
 
 
 @triton.jit
-def _kernel(gate_up_ptr, out_ptr, width, out_stride, BLOCK: tl.constexpr):
+def _kernel(gate_up_ptr, out_ptr, width, out_stride, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+    begin(OVERLAP)
+    wait(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     ok = column < width
@@ -32,5 +36,15 @@ def silu_mul(gate_up: Tensor, *, in_place: bool = False) -> Tensor:
     """
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up[:, :width] if in_place else gate_up.new_empty(rows, width)
-    _kernel[(rows, triton.cdiv(width, 1024))](gate_up, out, width, out.stride(0), BLOCK=1024, num_warps=4)
+    overlap = gate_up.is_cuda and overlaps()
+    _kernel[(rows, triton.cdiv(width, 1024))](
+        gate_up,
+        out,
+        width,
+        out.stride(0),
+        BLOCK=1024,
+        OVERLAP=overlap,
+        num_warps=4,
+        **launch_options(overlap),
+    )
     return out

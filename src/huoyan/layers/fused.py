@@ -6,10 +6,14 @@ import torch
 from torch import Tensor
 
 from huoyan.layers.norm import RMSNorm
+from huoyan.planning.pieces import FEW_ROWS
 
 
 def add_norm(norm: RMSNorm, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(norm(x + residual), x + residual) for [T, width]; without a residual the second is x."""
+    """(norm(x + residual), x + residual) for [T, width]; without a residual the second is x.
+
+    On CUDA x may be float32 parts, [S, T, width], whose sum is meant.
+    """
     if _use_kernel(x):
         from huoyan.kernels.add_rms_norm import add_rms_norm
 
@@ -23,13 +27,12 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     if _use_kernel(gate_up):
         from huoyan.kernels import silu_mul as kernel
 
-        # A step's widest tensors are these: the product takes its input with rows wherever they are.
-        return kernel.silu_mul(gate_up, in_place=True)
+        # Of a prompt these are a step's widest tensors, and its product takes rows wherever they are; the kernels of
+        # few rows want them side by side.
+        return kernel.silu_mul(gate_up, in_place=len(gate_up) > FEW_ROWS)
     gate, up = gate_up.chunk(2, dim=-1)
     return torch.nn.functional.silu(gate) * up
 
 
 def _use_kernel(x: Tensor) -> bool:
-    return (
-        x.is_cuda and x.dim() == 2 and x.is_contiguous() and not (torch.is_grad_enabled() and x.requires_grad)
-    )
+    return x.is_cuda and x.is_contiguous() and not (torch.is_grad_enabled() and x.requires_grad)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from huoyan.kernels import decode_kernels_enabled
 from huoyan.layers.blocks import linear_by_blocks
+from huoyan.layers.fused import silu_mul
 
 _CPU_GROUPS = (32, 64, 128, 256)
 
@@ -66,6 +67,8 @@ class Int4Linear(nn.Module):
     """
 
     packed: Tensor
+    meta: Tensor
+    """Of our kernels, scales and zero points together."""
     scales: Tensor
     zeros: Tensor
 
@@ -82,9 +85,12 @@ class Int4Linear(nn.Module):
             offset = (8 - weight.zeros) * weight.scales
             scales = torch.stack((weight.scales, offset), dim=-1).transpose(0, 1).contiguous()
         elif self.packing == "words":
-            from huoyan.kernels.int4_matmul import pack_words
+            from huoyan.kernels.int4_matmul import pack_meta, pack_words
 
-            packed, scales = pack_words(weight.q.to(device)), weight.scales
+            self.group_size = weight.group_size
+            self.register_buffer("packed", pack_words(weight.q.to(device)))
+            self.register_buffer("meta", pack_meta(weight.scales.to(device), weight.zeros.to(device), dtype))
+            return
         else:
             q = weight.q.to(device)
             packed, scales = q[:, 0::2] | (q[:, 1::2] << 4), weight.scales
@@ -105,15 +111,32 @@ class Int4Linear(nn.Module):
             out = linear_by_blocks(rows, self.width_out, self.weight_rows, self.bias)
         return cast(Tensor, out).view(*x.shape[:-1], self.width_out)
 
+    def parts(self, x: Tensor) -> Tensor:
+        """See `huoyan.layers.linear.Linear.parts`."""
+        if self.packing != "words" or not self._few(x):
+            return self(x)
+        from huoyan.kernels.int4_matmul import int4_matmul
+
+        return int4_matmul(x, self.packed, self.meta, parts=True)
+
+    def gated(self, x: Tensor) -> Tensor:
+        """See `huoyan.layers.linear.Linear.gated`."""
+        return silu_mul(self(x))
+
+    def _few(self, x: Tensor) -> bool:
+        from huoyan.kernels.int4_matmul import MAX_ROWS
+
+        return x.dim() == 2 and len(x) <= MAX_ROWS and x.is_contiguous()
+
     def _by_kernel(self, x: Tensor) -> Tensor:
         from huoyan.kernels import int4_matmul as kernel
 
         if x.shape[0] <= kernel.MAX_ROWS:
-            return kernel.int4_matmul(x, self.packed, self.scales, self.zeros, self.bias)
+            return kernel.int4_matmul(x.contiguous(), self.packed, self.meta, self.bias)
 
         def dense(start: int, stop: int) -> Tensor:
-            part = slice(start, stop)
-            return kernel.dequantize(self.packed[part], self.scales[part], self.zeros[part], x.dtype)
+            out = torch.empty(stop - start, self.width_in, dtype=x.dtype, device=x.device)
+            return kernel.dequantize(self.packed, self.meta, start, stop, out)
 
         return linear_by_blocks(x, self.width_out, dense, self.bias)
 
@@ -136,7 +159,9 @@ def packing_for(weight: Int4Weight, device: torch.device, dtype: torch.dtype) ->
     fits = rows % 16 == 0 and columns % 32 == 0 and group % min(_CPU_GROUPS) == 0
     if device.type == "cpu" and dtype is torch.bfloat16 and fits:
         return "cpu"
-    kernels = device.type == "cuda" and decode_kernels_enabled()
+    kernels = device.type == "cuda" and decode_kernels_enabled() and dtype in (torch.float16, torch.bfloat16)
     if kernels and columns % 128 == 0 and (group in (32, 64) or group % 128 == 0):
-        return "words"
+        # What zero points are built on holds whole numbers alone.
+        whole = bool((weight.zeros == weight.zeros.round()).all() and (weight.zeros <= 16).all())
+        return "words" if whole else "bytes"
     return "bytes"

@@ -7,6 +7,9 @@ from collections import Counter
 import torch
 from torch import Tensor, nn
 
+from huoyan.kernels import decode_kernels_enabled
+from huoyan.layers.fused import silu_mul
+
 
 class Linear(nn.Module):
     """x [..., in] @ weight [out, in].T + bias [out].
@@ -23,6 +26,43 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.weight, self.bias)
+
+    def parts(self, x: Tensor) -> Tensor:
+        """What `forward` gives, or for a few rows on CUDA what may be ready sooner: float32 [S, T, out], to be summed
+        and given the bias by whoever reads it."""
+        if not reads_few_rows(x, self.width_in):
+            return self(x)
+        from huoyan.kernels.dense_matmul import dense_matmul
+
+        return dense_matmul(x, self.weight, parts=True)
+
+    def gated(self, x: Tensor) -> Tensor:
+        """silu(a) * b, of two matrices of equal widths without bias: [T, in] -> [T, out / 2]."""
+        if not reads_few_rows(x, self.width_in):
+            return silu_mul(self(x))
+        from huoyan.kernels.dense_matmul import dense_matmul
+
+        return dense_matmul(x, self.weight, gated=True)
+
+    def in_float32(self, x: Tensor) -> Tensor:
+        """The result in float32."""
+        if self.bias is not None or not reads_few_rows(x, self.width_in):
+            out: Tensor = self(x).float()
+            return out
+        from huoyan.kernels.dense_matmul import dense_matmul
+
+        return dense_matmul(x, self.weight, dtype=torch.float32)
+
+
+def reads_few_rows(x: Tensor, width_in: int) -> bool:
+    """Whether our kernel is the way of x [T, in] through a dense matrix: a decode step's rows, on CUDA."""
+    if not (x.is_cuda and x.dim() == 2 and x.dtype in (torch.float16, torch.bfloat16)):
+        return False
+    if not decode_kernels_enabled() or torch.is_grad_enabled() or not x.is_contiguous():
+        return False
+    from huoyan.kernels.dense_matmul import BLOCK_K, MAX_ROWS
+
+    return len(x) <= MAX_ROWS and width_in % BLOCK_K == 0
 
 
 def lay_out_for_cpu(model: nn.Module) -> None:

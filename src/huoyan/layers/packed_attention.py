@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from huoyan.layers.varlen_attention import varlen_attention
+
 
 class Lengths(tuple[int, ...]):
     """Lengths of sequences packed end to end. Where each begins is sent to a device once and kept, so that the layers
@@ -70,14 +72,8 @@ def packed_attention_by_runs(
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, q_lengths: Sequence[int], k_lengths: Sequence[int]) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
     cu_q, cu_k = (
         (lengths if isinstance(lengths, Lengths) else Lengths(lengths)).cumulative(q.device)
         for lengths in (q_lengths, k_lengths)
     )
-    out = varlen_attn(
-        q.contiguous(), k.contiguous(), v.contiguous(), cu_q, cu_k, max(q_lengths), max(k_lengths)
-    )
-    assert isinstance(out, Tensor)
-    return out
+    return varlen_attention(q, k, v, cu_q, cu_k, max(q_lengths), max(k_lengths))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import struct
 import sys
@@ -14,6 +13,7 @@ from PIL import Image, ImageFile
 from huoyan.errors import MediaError
 from huoyan.media.arrays import array_to_rgb, tensor_to_array
 from huoyan.media.decode import decode_picture, image_to_rgb, loaded_to_rgb, readable_errors
+from huoyan.media.digest import digest_of
 from huoyan.media.fetch import DEFAULT_POLICY, FetchPolicy, open_source, source_name
 from huoyan.media.limits import DEFAULT_LIMITS, MediaLimits
 from huoyan.media.types import Size
@@ -104,9 +104,7 @@ class Picture:
     def digest(self) -> bytes:
         """16 bytes that stand for the size and the pixels; computed on first use."""
         if self._digest is None:
-            state = hashlib.blake2b(struct.pack("<2Q", *self.size), digest_size=16)
-            state.update(self._pixels.data)
-            self._digest = state.digest()
+            self._digest = digest_of(struct.pack("<2Q", *self.size), self._pixels.data)
         return self._digest
 
     def to_pil(self) -> Image.Image:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from huoyan.layers.linear import reads_few_rows
 from huoyan.layers.packed_attention import to_device
 from huoyan.models.config import ModelConfig
 from huoyan.models.patches import Grid, cut_patches, normalise
@@ -78,10 +79,13 @@ class MiniCPMV(nn.Module):
         return out
 
     def head(self, hidden: Tensor) -> Tensor:
-        """[B, hidden] -> logits [B, vocab] in the model's dtype, as the product gives them."""
+        """[B, hidden] -> logits [B, vocab]: float32 where the kernel of few rows makes them so, else as wide as the
+        model's dtype."""
+        if reads_few_rows(hidden, self.config.text.hidden_size):
+            return self.logits(hidden)
         out: Tensor = self.llm.lm_head(hidden)
         return out
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[B, hidden] -> float32 [B, vocab]."""
-        return self.head(hidden).float()
+        return self.llm.lm_head.in_float32(hidden)

@@ -7,7 +7,7 @@ from typing import Protocol, cast
 from torch import Tensor, nn
 
 from huoyan.layers.embedding import embedding
-from huoyan.layers.fused import add_norm, silu_mul
+from huoyan.layers.fused import add_norm
 from huoyan.layers.linear import Linear
 from huoyan.layers.norm import RMSNorm
 from huoyan.layers.rope import RotaryTable, apply_rope
@@ -24,9 +24,12 @@ class Attend(Protocol):
 
 
 class FusedAttend(Attend, Protocol):
-    """Attention that also rotates: qkv [T, (heads + 2 kv_heads) * head_dim] -> [T, heads * head_dim]."""
+    """Attention that also rotates: qkv [T, (heads + 2 kv_heads) * head_dim] -> [T, heads * head_dim].
 
-    def rotate_and_attend(self, layer: int, qkv: Tensor) -> Tensor: ...
+    qkv may be float32 parts, [S, T, …], to be summed with `bias`, which has no other meaning.
+    """
+
+    def rotate_and_attend(self, layer: int, qkv: Tensor, bias: Tensor | None) -> Tensor: ...
 
 
 class Attention(nn.Module):
@@ -40,10 +43,11 @@ class Attention(nn.Module):
         self.o_proj = Linear(q, (config.hidden_size,), bias=False)
 
     def forward(self, layer: int, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        qkv: Tensor = self.qkv_proj(x)
         if hasattr(attend, "rotate_and_attend"):
-            fused: Tensor = self.o_proj(cast(FusedAttend, attend).rotate_and_attend(layer, qkv))
-            return fused
+            bias = self.qkv_proj.bias
+            fused = cast(FusedAttend, attend).rotate_and_attend(layer, self.qkv_proj.parts(x), bias)
+            return self.o_proj.parts(fused)
+        qkv: Tensor = self.qkv_proj(x)
         heads = qkv.unflatten(-1, (-1, self.head_dim))
         rotated = apply_rope(heads[:, : self.heads + self.kv_heads], cos, sin)
         q, k = rotated.split((self.heads, self.kv_heads), dim=1)
@@ -53,7 +57,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """silu(gate) * up, gate and up stacked in one product."""
+    """silu(gate) * up, gate and up stacked in one product. May give parts, see `Linear.parts`."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -62,8 +66,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(width, (config.hidden_size,), bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(silu_mul(self.gate_up_proj(x)))
-        return out
+        return self.down_proj.parts(self.gate_up_proj.gated(x))
 
 
 class DecoderLayer(nn.Module):

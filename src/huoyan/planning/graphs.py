@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from huoyan.planning.pieces import FEW_ROWS
+
+PREFILL_GRAPH_TOKENS: tuple[int, ...] = ()
+"""Tokens of a step of whole prompts that get a graph; none yet."""
+
 
 def graph_sizes(most: int) -> list[int]:
     """Batch sizes that get a graph of their own.
@@ -12,3 +17,9 @@ def graph_sizes(most: int) -> list[int]:
     sizes = [1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256]
     kept = [size for size in sizes if size < most]
     return [*kept, most] if most <= sizes[-1] else sizes
+
+
+def captured_rows(most: int, int4: str | None) -> int:
+    """Rows of the largest graph where `most` sequences decode at once: beyond its kernels' rows an int4 matrix is made
+    dense, for which a graph would need memory of its own, and which takes longer than the launches."""
+    return min(most, FEW_ROWS) if int4 == "words" else most

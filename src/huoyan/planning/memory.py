@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from huoyan.engine.kv_format import kv_bytes_per_token
 from huoyan.planning.allocator import grows, reserved_bytes
-from huoyan.planning.graphs import graph_sizes
+from huoyan.planning.graphs import PREFILL_GRAPH_TOKENS, captured_rows, graph_sizes
 from huoyan.planning.pieces import (
     ENCODER_GRAPH_PATCHES,
     ENCODER_GRAPH_SLICES,
@@ -152,20 +152,24 @@ def graph_bytes(config: ModelConfig, engine: EngineConfig, way: Way, limits: Lim
     """CUDA graphs of decode steps and of the encoder: the memory that each kind shares, and the driver's own."""
     if not way.kernels or engine.enforce_eager:
         return 0
-    sizes = graph_sizes(limits.seqs)
+    sizes = graph_sizes(captured_rows(limits.seqs, way.int4))
     # Token, position, slot, length and blocks of every row.
     inputs = 4 * (4 + -(-limits.context // limits.block_size)) * sizes[-1]
-    decodes = inputs + captured(config, way, limits, sizes[-1])
+    # Decodes and prompts share a pool, and each kind what goes in and comes out.
+    prompts = max(PREFILL_GRAPH_TOKENS, default=0)
+    shared = max(captured(config, way, limits, rows) for rows in (sizes[-1], prompts) if rows)
+    decodes = inputs + shared + 2 * prompts * config.text.hidden_size * way.itemsize
     patches = min(ENCODER_GRAPH_PATCHES, limits.encoder_patches)
     encodes = encoder(config, way, patches, ENCODER_GRAPH_SLICES) + ENCODER_GRAPH_SLICES * slice_bytes(
         config, way.itemsize
     )
-    return decodes + encodes + graph_driver_bytes(limits)
+    return decodes + encodes + graph_driver_bytes(way, limits)
 
 
-def graph_driver_bytes(limits: Limits) -> int:
+def graph_driver_bytes(way: Way, limits: Limits) -> int:
     """What captured graphs take outside of torch's allocator."""
-    return GRAPH_DRIVER * (len(graph_sizes(limits.seqs)) + ENCODER_GRAPHS)
+    decodes = len(graph_sizes(captured_rows(limits.seqs, way.int4)))
+    return GRAPH_DRIVER * (decodes + len(PREFILL_GRAPH_TOKENS) + ENCODER_GRAPHS)
 
 
 def slack_bytes(way: Way, space: Workspace) -> int:

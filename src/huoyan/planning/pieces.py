@@ -6,8 +6,10 @@ MASK_VALUES = 1 << 24
 """Values of an attention mask."""
 DENSE_VALUES = 1 << 24
 """Values of an int4 matrix that are dequantized."""
-DENSE_VALUES_CUDA = 1 << 25
-"""The same where our kernels do it."""
+DENSE_VALUES_CUDA = 66 << 20
+"""On a GPU, where few outputs leave processors idle: the published model's `down`, half of its `gate_up`."""
+FEW_ROWS = 192
+"""Rows that our int4 kernels multiply without a dense matrix (`huoyan.kernels.int4_matmul.MAX_ROWS`)."""
 PROMPT_LOGITS = 1 << 23
 """Logits of a prompt's own tokens (32 MiB in float32)."""
 CHOICE_LOGITS = 1 << 22
@@ -37,3 +39,15 @@ ENCODER_GRAPH_PATCHES = 1100
 """Of a batch that is captured: a slice of the published size. Two take a device as long as their launches the host."""
 ENCODER_GRAPH_SLICES = 4
 """The same; slices of that size are one."""
+
+
+_TILE = 128
+
+
+def dense_rows(out: int, width: int, kernels: bool) -> int:
+    """Rows of a matrix [out, width] that are dense at a time; `kernels`: on CUDA, with our kernels on.
+
+    Pieces are of about one size, in whole tiles of what multiplies them.
+    """
+    pieces = -(-out * width // (DENSE_VALUES_CUDA if kernels else DENSE_VALUES))
+    return out if pieces <= 1 or out < _TILE else -(-out // pieces // _TILE) * _TILE

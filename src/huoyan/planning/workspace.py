@@ -17,14 +17,14 @@ from huoyan.planning.pieces import (
     BESIDE_PIXELS,
     BESIDE_SLICES,
     CHOICE_LOGITS,
-    DENSE_VALUES,
-    DENSE_VALUES_CUDA,
+    FEW_ROWS,
     GATHER_TOKENS,
     MASK_VALUES,
     NOISE_LOGITS,
     NOISE_LOGITS_CUDA,
     PROMPT_LOGITS,
     SORTED_LOGITS,
+    dense_rows,
 )
 from huoyan.planning.sizes import MIB
 
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 CHOICE_BYTES = 24
 """A logit that is chosen from: in float32, copies for several kinds of requests, bias, filters, grammars; 21 were
 seen."""
-FEW_ROWS = 64
-"""Rows that our int4 kernels multiply without a dense matrix (`huoyan.kernels.int4_matmul.MAX_ROWS`)."""
+PARTS = 11
+"""Parts in float32 that our products of few rows give the next kernel to add."""
 SORT_BYTES = 64
 """A logit that is sorted: values, ids, sums in float64, and the sort's own memory."""
 NOISE_BYTES = 24
@@ -204,7 +204,7 @@ def captured(config: ModelConfig, way: Way, limits: Limits, rows: int) -> int:
     """A decode step of `rows` rows up to the head, as a CUDA graph has it: nothing is gathered, no slots are sent."""
     found = max(
         _decoder(config, way, replace(limits, tokens=count, seqs=count), gathers=False)
-        for count in {rows, min(rows, FEW_ROWS)}
+        for count in {rows, min(rows, FEW_ROWS), min(rows, 64), min(rows, 16)}
     )
     return found + rows * config.text.hidden_size * way.itemsize
 
@@ -286,7 +286,8 @@ def _logits(config: ModelConfig, way: Way, limits: Limits) -> tuple[int, int]:
         )
         + limits.seqs * 16384
     )
-    made = e * values
+    # Of few rows the kernel makes float32.
+    made = max(e * values, 4 * min(limits.seqs, 16) * text.vocab_size)
     return 2 * hidden + rows + made + _index(limits) + MIB // 4, hidden + made + choosing + MIB // 4
 
 
@@ -300,14 +301,15 @@ def _prompt_logprobs(config: ModelConfig, way: Way, limits: Limits) -> int:
 
 
 def _int4(way: Way, rows: int, out: int, width: int) -> int:
-    """A part of an int4 matrix in the model's dtype; elsewhere than on CUDA also the part of the product."""
+    """What a product takes beside its result: a part of an int4 matrix in the model's dtype, or parts of sums."""
+    e = way.itemsize
+    if way.kernels and rows <= (FEW_ROWS if way.int4 == "words" else 16):
+        # Sums of programs that share the inputs; a gate's are not parted.
+        parts = PARTS if rows <= 16 else 7 if rows <= 64 else 4
+        return parts * rows * out * 4 if out < 2 * width else 0
     if way.int4 in (None, "cpu"):
         return 0
-    e = way.itemsize
-    if way.int4 == "words" and rows <= FEW_ROWS:
-        # Sums of programs that share the inputs.
-        return (264 * 64 + out) * rows * 4
-    part = min(out, max((DENSE_VALUES_CUDA if way.int4 == "words" else DENSE_VALUES) // width, 1))
+    part = dense_rows(out, width, way.kernels)
     # From bytes: nibbles apart and together, less their zero points, times their scales.
     each = e if way.int4 == "words" else max(2, 1 + 2 * e)
     return part * (width * each + (0 if way.cuda else rows * e))
