@@ -67,11 +67,11 @@ class Int4:
 
     def run(self, x: torch.Tensor, tuning, i: int) -> torch.Tensor:
         return int4_matmul.int4_matmul(
-            x, self.words[i % len(self.words)], self.meta, parts=self.way == "parts", tuning=tuning
+            x, self.words[i % len(self.words)], self.meta, parts=True, tuning=tuning
         )  # fmt: skip
 
     def tunings(self, rows: int):
-        splits = (1,) if self.way != "parts" else (4, 7) if self.k < 10000 else (8, 11)
+        splits = (1, 2) if self.way == "gated" else (4, 7) if self.k < 10000 else (8, 11)
         if rows > 16:
             for (n, warps), split, stages, m, unroll in itertools.product(
                 ((64, 4), (128, 4), (128, 8)), splits, (3, 4), (32, 64) if rows <= 64 else (64, 128), (1, 2)

@@ -185,7 +185,11 @@ class Run:
         self._load("one picture", lambda: [requests.pictures([(448, 448)], params(4))])
         if engine.runner._graphs is not None:
             for size in engine.runner._graphs._sizes:
-                self._load(f"{size} decodes", lambda n=size: [requests.words(9, params(3)) for _ in range(n)])
+                self._load(f"{size} decodes", lambda n=size: [requests.words(9, params(8)) for _ in range(n)])
+        for tokens in (60, 250, 500, 760):
+            self._load(
+                f"prompts of {tokens}", lambda n=tokens: [requests.words(n, params(1)) for _ in range(4)], 1
+            )
         for size in ((448, 448), (300, 600), (600, 300), (500, 400), (400, 500)):
             self._load(
                 f"pictures {size}", lambda s=size: [requests.pictures([s], params(2)) for _ in range(3)], 1
@@ -293,12 +297,17 @@ class Run:
     # -- graphs, by dropping them ---------------------------------------------------------------------------
 
     def _graphs(self) -> None:
-        decodes, encoder = self.engine.runner._graphs, self.engine.runner.encoder._graphs
+        runner = self.engine.runner
+        kinds = {
+            "decode": runner._graphs,
+            "prefill": runner._prefill_graphs,
+            "encoder": runner.encoder._graphs,
+        }
         before = self.card.tidy()
-        for name, graphs, key in (("decode", decodes, "_graphs"), ("encoder", encoder, "_graphs")):
+        for name, graphs in kinds.items():
             if graphs is None:
                 continue
-            held = getattr(graphs, key)
+            held = graphs._graphs
             count = sum(graph is not None for graph in held.values())
             held.clear()
             after = self.card.tidy()

@@ -3,7 +3,8 @@
     python training/train_tiny.py --out DIR [--minutes 8] [--device cuda|cpu] [--workers N] [--seed S]
 
 DIR/checkpoint is the model in the published layout; DIR/eval.json the accuracies; DIR/log.txt what happened.
-`--minutes` is everything, evaluation included. `--init CHECKPOINT` goes on from an earlier run.
+`--minutes` is everything, evaluation included. `--init CHECKPOINT` goes on from an earlier run. A training may be
+cut into runs: `--to 0.5`, then `--resume DIR` (what the first left in its DIR) goes on where that stopped.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _PATCH_BYTES = 588 + 5
 
 
 def parse_arguments() -> argparse.Namespace:
-    cores = os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", type=Path, required=True, help="folder for the checkpoint, eval.json and log.txt")
     p.add_argument("--minutes", type=float, default=8.0, help="time for everything, evaluation included")
@@ -33,25 +34,33 @@ def parse_arguments() -> argparse.Namespace:
     p.add_argument(
         "--workers",
         type=int,
-        default=max(min(cores - 2, cores * 9 // 16), 1),
+        default=max(cores - 3, 1),
         help="drawing processes; 0 draws in line",
     )
     p.add_argument("--seed", type=int, default=1)
     p.add_argument("--init", type=Path, help="checkpoint folder to go on from (its tokenizer is kept)")
+    p.add_argument("--resume", type=Path, help="folder with state-*.safetensors of a run to go on from")
+    p.add_argument(
+        "--from", dest="first", type=float, help="progress to start at (default: 0, or the resumed one)"
+    )
+    p.add_argument(
+        "--to", dest="last", type=float, default=1.0, help="progress to stop at, for a later run to go on"
+    )
     p.add_argument("--tokenizer", type=Path, help="folder with a tokenizer made before (saves its making)")
     p.add_argument(
         "--keep", type=Path, help="also keep checkpoint.tar, eval.json and log.txt here, all along"
     )
-    p.add_argument("--batch", type=int, help="examples a step (default 256 on cuda, 16 on the CPU)")
-    p.add_argument("--matrix-lr", type=float, default=3e-3, help="Muon's learning rate")
-    p.add_argument("--adam-lr", type=float, default=1.5e-3, help="AdamW's learning rate")
-    p.add_argument("--auxiliary", type=float, default=1.0, help="weight of the losses that teach seeing")
-    p.add_argument("--pool-gb", type=float, help="device memory for drawn examples (default 60 on cuda, 1)")
+    p.add_argument("--batch", type=int, help="examples a step, about (default 160 on cuda, 8 on the CPU)")
+    p.add_argument("--matrix-lr", type=float, default=4e-3, help="Muon's learning rate")
+    p.add_argument("--adam-lr", type=float, default=1.2e-3, help="AdamW's learning rate")
+    p.add_argument(
+        "--pool-gb", type=float, help="device memory for drawn examples (default: 40 % on cuda, 1)"
+    )
     p.add_argument("--eval-examples", type=int, default=250, help="held-out examples a family and split")
     p.add_argument(
         "--eval-seconds", type=float, help="time kept for the last evaluation (default: 45 on cuda)"
     )
-    p.add_argument("--look-every", type=float, default=60.0, help="seconds between looks at held-out answers")
+    p.add_argument("--look-every", type=float, default=75.0, help="seconds between looks at held-out answers")
     p.add_argument("--families", help="only these families, separated by commas (for experiments)")
     p.add_argument("--max-steps", type=int, help="stop after so many steps")
     return p.parse_args()
@@ -69,11 +78,14 @@ def run(a: argparse.Namespace) -> None:
     from tiny_trainer import drawing
     from tiny_trainer.drawing import HeldOutJob, Recorder, mixture
     from tiny_trainer.evaluation import evaluate, summary
+    from tiny_trainer.fixed import Shape
     from tiny_trainer.loop import Log, Loop, Plan
     from tiny_trainer.pictures import CHANNELS
     from tiny_trainer.pool import Pool
     from tiny_trainer.sequences import SequenceBuilder
     from tiny_trainer.shape import write_configs
+    from tiny_trainer.state import load_state
+    from tiny_trainer.stepper import Stepper
     from tiny_trainer.trainer import Trainer
     from tiny_trainer.workers import PIXELS, Workers, parallel_map
 
@@ -81,11 +93,11 @@ def run(a: argparse.Namespace) -> None:
     cuda = device_name == "cuda"
     end = _START + 60 * a.minutes
     eval_seconds = a.eval_seconds if a.eval_seconds is not None else (45.0 if cuda else 0.1 * 60 * a.minutes)
-    batch = a.batch or (256 if cuda else 16)
+    batch = a.batch or (160 if cuda else 8)
     for folder in filter(None, (a.out, a.keep)):
         folder.mkdir(parents=True, exist_ok=True)
     log = Log([folder / "log.txt" for folder in (a.out, a.keep) if folder], _START)
-    log(f"device {device_name}, {a.workers} workers, seed {a.seed}, {a.minutes} minutes, batch {batch}")
+    log(f"device {device_name}, {a.workers} workers, batch {batch}, {vars(a)}")
 
     tokenizer_folder = a.out / "tokenizer"
     ready = a.init or a.tokenizer
@@ -122,8 +134,13 @@ def run(a: argparse.Namespace) -> None:
             torch.backends.cuda.matmul.allow_tf32 = True
             torch.cuda.init()
             _register(workers.buffer(), log)
-        gb = a.pool_gb if a.pool_gb is not None else (60.0 if cuda else 1.0)
-        pool = Pool(int(gb * 1e9 / _PATCH_BYTES), PIXELS, CHANNELS, device, a.seed)
+        if a.pool_gb is not None:
+            rows = int(a.pool_gb * 1e9 / _PATCH_BYTES)
+        elif cuda:
+            rows = int(min(0.4 * torch.cuda.get_device_properties(0).total_memory, 60e9) / _PATCH_BYTES)
+        else:
+            rows = int(1e9 / _PATCH_BYTES)
+        pool = Pool(rows, PIXELS, CHANNELS, device, a.seed)
         trainer = Trainer(
             tokenizer_folder,
             classes=drawing.MARK_CLASSES,
@@ -134,25 +151,41 @@ def run(a: argparse.Namespace) -> None:
             seed=a.seed,
             matrix_lr=a.matrix_lr,
             adam_lr=a.adam_lr,
-            auxiliary=a.auxiliary,
             init=a.init,
         )
+        first = a.first or 0.0
+        if a.resume is not None:
+            reached = load_state(trainer.optimizer, a.resume)
+            first = reached if a.first is None else a.first
+            log(f"going on from {a.resume}, which had reached {reached:.1%}")
         count = sum(p.numel() for p in trainer.model.parameters())
         log(f"{count / 1e6:.2f} M parameters, {count * 2 / 1e6:.1f} MB in bfloat16")
+        shape = Shape.for_examples(batch)
+        stepper = Stepper(trainer, pool, shape, log)
         loop = Loop(
-            trainer, workers, pool, builder, glance, base, batch,
-            max_patches=900 * batch, tokenizer_folder=tokenizer_folder, out=a.out, keep=a.keep, log=log,
+            trainer, stepper, trainer.packer(shape), workers, pool, builder, glance, base,
+            tokenizer_folder=tokenizer_folder, out=a.out, keep=a.keep, log=log, auxiliary=a.auxiliary,
         )  # fmt: skip
-        loop.fill(max(2 * batch, 64) if a.workers else 8, timeout=120)
-        if cuda:
-            _try_step(loop)
+        loop.fill(16 * batch if a.workers else 8, timeout=120)
+        loop.stage(base)
+        stepper.prepare()
         begin = time.monotonic()
-        plan = Plan(begin, max(end - eval_seconds, begin + 1), look_every=a.look_every, max_steps=a.max_steps)
-        log(f"training for {plan.end - begin:.0f} s")
+        loop.predict([item.prompted for item in glance[:16]])
+        log(f"first answers take {time.monotonic() - begin:.1f} s")
+        begin = time.monotonic()
+        plan = Plan(
+            begin,
+            max(end - eval_seconds, begin + 1),
+            first,
+            a.last,
+            look_every=a.look_every,
+            max_steps=a.max_steps,
+        )
+        log(f"training for {plan.end - begin:.0f} s, from {first:.1%} to {a.last:.1%}")
         loop.run(plan)
         loop.save()
         log(
-            f"trained: {loop.steps} steps, {loop.pictures} examples, {pool.received} of them different; saved"
+            f"trained: {loop.steps} steps, {loop.examples} examples, {pool.received} of them different; saved"
         )
     finally:
         workers.stop()
@@ -162,7 +195,7 @@ def run(a: argparse.Namespace) -> None:
         held = held[: len(families) * 2 * max(1, int(a.eval_examples * 0.2))]
     report = evaluate(held, loop.predict)
     report["training"] = {
-        "minutes": round((time.monotonic() - _START) / 60, 2), "steps": loop.steps, "examples_seen": loop.pictures,
+        "minutes": round((time.monotonic() - _START) / 60, 2), "steps": loop.steps, "examples_seen": loop.examples,
         "examples_drawn": pool.received, "seed": a.seed, "parameters": count, "device": _device_name(device),
         "batch": batch, "continued": a.init is not None,
     }  # fmt: skip
@@ -198,30 +231,6 @@ def _register(buffer, log) -> None:  # type: ignore[no-untyped-def]
         # The failed call would otherwise be reported by whichever operator comes next.
         with contextlib.suppress(RuntimeError):
             torch.zeros(1, device="cuda")
-
-
-def _try_step(loop) -> None:  # type: ignore[no-untyped-def]
-    """One step that changes nothing and one answer, so that what does not work on this machine shows now."""
-    import torch
-
-    from tiny_trainer.trainer import use_plain_operators
-
-    def attempt() -> None:
-        kept = loop.pool.draw(loop.batch, loop.max_patches, loop.base_weights)
-        loop.trainer.step(loop.pool, kept, scale=0.0, auxiliary=1.0)
-        loop.predict([item.prompted for item in loop.glance[:16]])
-        torch.cuda.synchronize()
-
-    try:
-        attempt()
-    except Exception as error:
-        loop.log(f"a fast operator fails here ({type(error).__name__}: {str(error)[:200]}): using plain ones")
-        use_plain_operators()
-        attempt()
-    loop.trainer.read_log()
-    begin = time.monotonic()
-    attempt()
-    loop.log(f"a first step and {16} answers take {time.monotonic() - begin:.2f} s")
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def test_twenty_four_gib(int4: bool, seqs: int, tokens: int, sequences: int) -> 
 
 
 @pytest.mark.parametrize(
-    "int4, seqs, tokens", [(False, 128, 145_000), (False, 256, 145_000), (True, 256, 310_000)]
+    "int4, seqs, tokens", [(False, 128, 142_000), (False, 256, 142_000), (True, 256, 306_500)]
 )
 def test_twenty_four_gib_with_kernels_and_graphs(int4: bool, seqs: int, tokens: int) -> None:
     """Graphs and the encoder beside decodes leave what the plain way does, or nearly."""
@@ -54,7 +54,7 @@ def test_twenty_four_gib_with_kernels_and_graphs(int4: bool, seqs: int, tokens: 
     assert found.workspace.beside > 50 * MIB
     blocks = found.blocks_in(24 * GIB)
     assert blocks * 16 >= tokens
-    assert blocks // (2048 // 16) >= (150 if int4 else 70)
+    assert blocks // (2048 // 16) >= (149 if int4 else 69)
     for kv_dtype, times in (("int8", 1.85), ("fp8", 1.93)):
         small = memory(
             FULL, EngineConfig(max_num_seqs=seqs), kernels, SHAPES, int4=int4, kv_dtype=kv_dtype

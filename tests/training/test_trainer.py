@@ -9,36 +9,42 @@ import numpy as np
 import pytest
 import torch
 
-from huoyan.layers.packed_attention import packed_attention
 from huoyan.media.picture import Picture
 from huoyan.media.slicing import read_slice_rules
 from huoyan.media.types import MediaItem
 from huoyan.models.checkpoint import open_checkpoint
 from huoyan.models.patches import normalise
 from huoyan.models.resampler import GridPositions
+from huoyan.models.siglip import position_ids
 from huoyan.models.weights import load_model, published_state
 from huoyan.prompt.messages import MediaPart, Message, TextPart
 from huoyan.prompt.processor import PromptProcessor
 from huoyan_training.example import CHARACTERS, CLASSES, Example, Mark
 from huoyan_training.families import FAMILIES, sample
 from tiny_trainer import drills
-from tiny_trainer.attention import padded_attention
-from tiny_trainer.batches import make_groups
+from tiny_trainer.attention import RowsAttention
 from tiny_trainer.drawing import MARK_CLASSES, Recorder, mixture
 from tiny_trainer.evaluation import evaluate
 from tiny_trainer.export import export
+from tiny_trainer.fixed import QUERIES, Shape
 from tiny_trainer.generate import Prompted, greedy_answers
-from tiny_trainer.losses import hidden_states
+from tiny_trainer.grids import GridTables
+from tiny_trainer.loop import Plan
+from tiny_trainer.losses import PLAIN, compute_losses, see
 from tiny_trainer.optimizer import orthogonalise
 from tiny_trainer.pictures import CHANNELS, paint
 from tiny_trainer.pool import Pool
-from tiny_trainer.positions import LookedUpPositions
 from tiny_trainer.schedule import family_weights, learning_rate_scale
 from tiny_trainer.scoring import exact, facts, score
 from tiny_trainer.sequences import SequenceBuilder
 from tiny_trainer.shape import write_configs
+from tiny_trainer.slice_attention import SliceAttention
+from tiny_trainer.state import load_state, save_state
+from tiny_trainer.stepper import WAYS, Stepper
 from tiny_trainer.trainer import Trainer
-from tiny_trainer.workers import PIXELS, Workers
+from tiny_trainer.workers import PIXELS, Delivery, Workers
+
+SMALL = Shape(patches=1664, slices=9, rows=((2, 512), (1, 640)))
 
 
 @pytest.fixture(scope="module")
@@ -70,21 +76,29 @@ def make_trainer(folder, recorder, **changes):
 
 
 def in_pool(records, seed=0):
-    rows = sum(len(r.patches) for r in records)
-    pool = Pool(rows, PIXELS, CHANNELS, torch.device("cpu"), seed)
-    workers = Workers(0, lambda rng, family: records.pop(0), {"x": 1.0}, seed)
-    from tiny_trainer.workers import Delivery
-
-    pool.add(
-        Delivery(
-            records,
-            -1,
-            np.concatenate([r.patches for r in records]),
-            np.concatenate([r.marks for r in records]),
-        ),
-        workers,
-    )
+    pool = Pool(4096, PIXELS, CHANNELS, torch.device("cpu"), seed)
+    # The first rows, which padding reads, hold anything; it must not matter.
+    pool.head = 300
+    pool.patches.random_(0, 256)
+    pool.marks.random_(0, 256)
+    patches, marks = (np.concatenate([getattr(r, name) for r in records]) for name in ("patches", "marks"))
+    pool.add(Delivery(records, -1, patches, marks), Workers(0, lambda *_: records[0], {"x": 1.0}, seed))
     return pool
+
+
+def staged(trainer, pool, shape=SMALL):
+    """A stepper with all of the pool's examples in its batch."""
+    stepper = Stepper(trainer, pool, shape, lambda line: None)
+    fill(trainer, stepper, pool)
+    stepper.inputs.copy_(stepper.stages[0])
+    return stepper
+
+
+def fill(trainer, stepper, pool):
+    packer = trainer.packer(stepper.shape)
+    packer.begin(stepper.stage())
+    assert all(packer.add(kept) for kept in pool.order)
+    packer.finish()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -149,18 +163,42 @@ def test_a_conversation_is_the_products_conversation(folder, recorder, seed):
 
 
 def test_branches_compute_what_separate_sequences_do(trainer, recorder, seed):
-    example = sample(np.random.default_rng(seed), "colour", "train")
+    """Of two examples in one batch, one of them with a branch for each of its questions."""
+    example = sample(np.random.default_rng(seed), "colour", "heldout")
     together = recorder.encode(example, "colour")
     apart = [recorder.encode(Example(**one_turn(example, k)), "colour") for k in range(len(example.turns))]
-    model = trainer.model
+    other = recorder.record(random.Random(seed), "chat")
+    stepper = staged(trainer, in_pool([other, together]))
     with torch.no_grad():
         pixels = normalise(torch.from_numpy(together.patches), (0.5,) * 3, (0.5,) * 3, torch.float32)
-        embeddings = model.encode_patches(pixels, together.grids).flatten(0, 1)
-        rows = [run(model, trainer.slot_id, [record], embeddings)[0] for record in (together, *apart)]
-    for number, (alone, record) in enumerate(zip(rows[1:], apart, strict=True), 1):
-        expected = alone[: len(record.ids)][record.branch == 1]
-        found = rows[0][: len(together.ids)][together.branch == number]
-        torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+        embeddings = trainer.model.encode_patches(pixels, together.grids).flatten(0, 1)
+        rows = hidden_of(trainer, stepper)
+        own = stepper.batch.owner == 1
+        for number, record in enumerate(apart, 1):
+            expected = alone(trainer, record, embeddings)[record.branch == 1]
+            found = rows[own & (stepper.batch.branch == number)]
+            torch.testing.assert_close(found, expected, atol=5e-5, rtol=1e-3)
+
+
+def hidden_of(trainer, stepper):
+    from tiny_trainer.losses import hidden_states
+
+    batch, shape = stepper.batch, stepper.shape
+    attend = SliceAttention(batch.starts, shape.patches, QUERIES, packed=False)
+    rows = batch.sources.clamp(min=0).long()[attend.slice_of] + attend.offset
+    pixels = normalise(stepper.pool.patches[rows], (0.5,) * 3, (0.5,) * 3, torch.float32)
+    _, embeddings = see(trainer.model, pixels, batch, trainer.tables, attend)
+    return hidden_states(trainer.model, batch, shape, embeddings)
+
+
+def alone(trainer, record, embeddings):
+    """Hidden states of one record's tokens, by the model's own modules."""
+    x = trainer.model.embed(torch.from_numpy(record.ids).long())
+    x[torch.from_numpy(record.ids == trainer.slot_id)] = embeddings
+    length = len(record.ids)
+    none = torch.zeros(length, dtype=torch.int32)
+    attend = RowsAttention(none, none, ((1, length),), torch.float32)
+    return trainer.model.decoder(x, torch.from_numpy(record.positions).long(), attend)
 
 
 def one_turn(example, k):
@@ -170,35 +208,143 @@ def one_turn(example, k):
     }  # fmt: skip
 
 
-def run(model, slot_id, records, embeddings):
-    group = make_groups(records, slot_id).groups[0]
-    hidden = hidden_states(model, group, embeddings, group.bias(torch.float32))
-    return hidden.unflatten(0, (group.rows, -1))
-
-
-def test_groups_hold_every_example_once_in_the_order_of_their_slices(recorder, seed):
+def test_a_batch_holds_what_was_put_in_and_says_when_it_is_full(trainer, recorder, seed):
     rng = random.Random(seed)
-    records = [
-        recorder.record(rng, family) for family in ("what", "chat", "motion", "drill", "three", "count") * 2
+    records = [recorder.record(rng, family) for family in ("what", "chat", "drill", "two", "exists") * 3]
+    shape = Shape(patches=2624, slices=14, rows=((3, 512), (2, 1024)))
+    packer = trainer.packer(shape)
+    stepper = Stepper(trainer, in_pool(records[:2]), shape, lambda line: None)
+    packer.begin(stepper.stage())
+    starts = np.cumsum([0, *(len(r.patches) for r in records)])
+    from tiny_trainer.pool import Kept
+
+    taken = [
+        (record, start)
+        for record, start in zip(records, starts, strict=False)
+        if packer.add(Kept(record, int(start), len(record.patches)))
     ]
-    text = make_groups(records, recorder.builder.slot_id, max_groups=3)
-    assert sorted(text.order) == list(range(len(records)))
-    assert text.grids == [grid for i in text.order for grid in records[i].grids]
-    assert sum(g.rows for g in text.groups) == len(records)
-    assert sum(len(g.slots) for g in text.groups) == 64 * len(text.grids)
-    trained = sum(float(r.weights.sum()) for r in records)
-    assert sum(float(g.weights.sum()) for g in text.groups) == pytest.approx(trained, rel=1e-5)
+    packer.finish()
+    assert 3 < len(taken) < len(records)
+    stepper.inputs.copy_(stepper.stages[0])
+    batch = stepper.batch
+    assert batch.starts[0] == 0
+    assert batch.starts[-1] == shape.patches
+    assert (batch.starts.diff() >= 1).all()
+    sources = [at for r, start in taken for at in start + np.cumsum([0, *(a * b for a, b in r.grids)])[:-1]]
+    assert batch.sources.tolist() == sources + [-1] * (shape.slices - len(sources))
+    slots = iter(batch.slots.unflatten(0, (shape.slices, QUERIES)).tolist())
+    for number, (record, _) in enumerate(taken):
+        own = batch.owner == number
+        for name in ("ids", "positions", "branch", "weights"):
+            assert getattr(batch, name)[own].tolist() == getattr(record, name).tolist()
+        expected = (own & (batch.ids == trainer.slot_id)).nonzero().flatten().tolist()
+        assert [place for _ in record.grids for place in next(slots)] == expected
+    assert all(place == shape.tokens for rest in slots for place in rest)
+    assert (batch.weights[batch.owner < 0] == 0).all()
+
+
+def test_slices_of_a_batch_are_seen_as_the_model_sees_them(trainer, recorder, seed):
+    rng = random.Random(seed)
+    records = [recorder.record(rng, family) for family in ("two", "exists")]
+    records = [r for r in records if len(r.patches) < 700]
+    stepper = staged(trainer, in_pool(records))
+    batch, total = stepper.batch, sum(len(r.patches) for r in records)
+    attend = SliceAttention(batch.starts, SMALL.patches, QUERIES, packed=False)
+    pixels = torch.randn(SMALL.patches, PIXELS, generator=torch.Generator().manual_seed(seed))
+    grids = [grid for r in records for grid in r.grids]
+    with torch.no_grad():
+        seen, embeddings = see(trainer.model, pixels, batch, trainer.tables, attend)
+        expected = trainer.model.vpm(pixels[:total], grids)
+        torch.testing.assert_close(seen[:total], expected, atol=1e-4, rtol=1e-3)
+        looked = trainer.model.resampler(expected, grids).flatten(0, 1)
+        torch.testing.assert_close(embeddings[: len(looked)], looked, atol=1e-4, rtol=1e-3)
+    assert seen.isfinite().all()
+    assert embeddings.isfinite().all()
+
+
+def test_padding_changes_no_loss(trainer, recorder, seed):
+    """Two shapes, and other pixels in the pool's rows that only padding reads."""
+    records = [recorder.record(random.Random(seed), "chat"), recorder.encode(*small_example(seed))]
+    found = []
+    for shape in (SMALL, Shape(patches=1216, slices=6, rows=((1, 512), (1, 1024)))):
+        stepper = staged(trainer, in_pool(records, seed), shape)
+        with torch.no_grad():
+            losses = compute_losses(
+                trainer.model, trainer.heads, stepper.batch, shape, trainer.tables, stepper.pool.patches,
+                stepper.pool.marks, families=len(trainer.families),
+            )  # fmt: skip
+        found.append([losses.answers, losses.patches, losses.queries, *losses.by_family.flatten()])
+    torch.testing.assert_close(torch.stack(found[0]), torch.stack(found[1]), atol=1e-4, rtol=1e-4)
+
+
+def small_example(seed):
+    """Of one slice."""
+    for k in range(100):
+        example = sample(np.random.default_rng(seed + k), "exists", "heldout")
+        if example.pictures[0].size < 3 * 224**2:
+            return example, "exists"
+    raise AssertionError("no picture of one slice")
+
+
+def test_an_unfinished_training_goes_on_from_its_files(folder, recorder, tmp_path):
+    first, second = make_trainer(folder, recorder), make_trainer(folder, recorder, seed=4)
+    save_state(first.optimizer, tmp_path, 0.5)
+    assert all(file.stat().st_size < 15e6 for file in tmp_path.iterdir())
+    assert load_state(second.optimizer, tmp_path) == 0.5
+    for a, b in zip(first.optimizer.masters, second.optimizer.averages, strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(first.model.resampler.proj, second.model.resampler.proj)
+    (tmp_path / "state-1.safetensors").unlink()
+    with pytest.raises(SystemExit, match="weights"):
+        load_state(second.optimizer, tmp_path)
+
+
+def test_a_way_that_fails_or_differs_is_logged_and_left(folder, recorder, monkeypatch):
+    """As on a GPU where no graph can be made, torch's packed attention is missing and one kernel is wrong."""
+    trainer = make_trainer(folder, recorder)
+    stepper = staged(trainer, in_pool([recorder.encode(*small_example(1))]))
+    lines = []
+    stepper.cuda, stepper.log = True, lines.append
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(stepper, "_capture", lambda: 1 / 0)
+    plain, tried = trainer.learn, []
+
+    def learn(pool, shape, batch, rates, way):
+        tried.append(way)
+        if way.packed and not way.fused:
+            raise NotImplementedError("no such operator")
+        plain(pool, shape, batch, rates, PLAIN)
+        trainer.sums[0] += way.fused
+
+    monkeypatch.setattr(trainer, "learn", learn)
+    stepper.prepare()
+    assert stepper.way == PLAIN
+    assert stepper.graph is None
+    assert set(tried) == {PLAIN, *(way for way in WAYS if not way.graphed)}
+    assert sum("fails here: ZeroDivisionError" in line for line in lines) == sum(way.graphed for way in WAYS)
+    assert sum("answers is" in line for line in lines) == 1
+    assert sum("no such operator" in line for line in lines) == 1
+
+
+def test_no_rate_no_change(folder, recorder):
+    trainer = make_trainer(folder, recorder)
+    before = [m.clone() for m in trainer.optimizer.masters]
+    stepper = staged(trainer, in_pool([recorder.encode(*small_example(1))]))
+    stepper.prepare()
+    for a, b in zip(before, trainer.optimizer.masters, strict=True):
+        assert torch.equal(a, b)
+    assert all((t == 0).all() for t in (*trainer.optimizer.buffers.values(), *trainer.optimizer.second))
 
 
 def test_a_fixed_batch_is_learned_and_the_export_answers_the_same(folder, recorder, tmp_path):
     trainer = make_trainer(folder, recorder)
     rng = random.Random(5)
-    records = [recorder.record(rng, family) for family in ("exists",)]
-    pool = in_pool(records)
-    kept = list(pool.order)
+    pool = in_pool([recorder.record(rng, family) for family in ("exists",)])
+    stepper = Stepper(trainer, pool, SMALL, lambda line: None)
     seen = []
     for step in range(6):
-        trainer.step(pool, kept, scale=min(1.0, (step + 1) / 2), auxiliary=1.0)
+        fill(trainer, stepper, pool)
+        stepper.step(scale=min(1.0, (step + 1) / 2), auxiliary=1.0)
         seen.append(trainer.read_log()[0])
     assert seen[-1]["answers"] < 0.7 * seen[0]["answers"]
     assert seen[-1]["patches"] < 0.9 * seen[0]["patches"]
@@ -220,9 +366,6 @@ def test_greedy_answers_are_those_of_the_whole_sequence(trainer, recorder, seed)
     held = [recorder.held_out(seed, family, "heldout") for family in ("what", "two", "chat")]
     prompted = [Prompted(h.prompted.patches, h.prompted.grids, h.prompted.prompts[:2]) for h in held]
     answers = greedy_answers(model, prompted, trainer.slot_id, recorder.builder.stop_id, max_tokens=5, rows=4)
-    attend_all = torch.tril(torch.ones(2048, 2048)).log()
-    from tiny_trainer.attention import BranchedAttention
-
     with torch.no_grad():
         for p, given in zip(prompted, answers, strict=True):
             for prompt, answer in zip(p.prompts, given, strict=True):
@@ -232,28 +375,27 @@ def test_greedy_answers_are_those_of_the_whole_sequence(trainer, recorder, seed)
                     pixels = normalise(torch.from_numpy(p.patches), (0.5,) * 3, (0.5,) * 3, torch.float32)
                     slots = torch.tensor([i for i, t in enumerate(prompt) if t == trainer.slot_id])
                     x = x.index_copy(0, slots, model.encode_patches(pixels, p.grids).flatten(0, 1))
-                bias = attend_all[None, None, : len(ids), : len(ids)]
-                hidden = model.decoder(x, torch.arange(len(ids)), BranchedAttention(bias))
+                none = torch.zeros(len(ids), dtype=torch.int32)
+                attend = RowsAttention(none, none, ((1, len(ids)),), torch.float32)
+                hidden = model.decoder(x, torch.arange(len(ids)), attend)
                 logits = model.logits(hidden[len(prompt) - 1 :])
                 best = logits.max(-1).values
                 for k, token in enumerate(answer):
                     assert logits[k, token] >= best[k] - 1e-3
 
 
-def test_padded_attention_is_packed_attention(seed):
-    g = torch.Generator().manual_seed(seed)
-    lengths = [9, 30, 30, 4]
-    q, k, v = (torch.randn(sum(lengths), 2, 16, generator=g) for _ in range(3))
-    expected = packed_attention(q, k, v, lengths, lengths)
-    torch.testing.assert_close(padded_attention(q, k, v, lengths, lengths), expected)
-
-
 def test_looked_up_positions_are_the_models(seed):
     rng = random.Random(seed)
-    grids = [(rng.randint(1, 40), rng.randint(1, 40)) for _ in range(6)]
+    grids = [(rng.randint(1, 16), rng.randint(1, 18)) for _ in range(6)]
     device = torch.device("cpu")
-    expected = GridPositions(64)(grids, device, torch.float32)
-    assert torch.equal(LookedUpPositions(64)(grids, device, torch.float32), expected)
+    tables = GridTables(32, 64, device, torch.float32)
+    for rows, columns in grids:
+        number, count = tables.number((rows, columns)), rows * columns
+        expected = GridPositions(64)([(rows, columns)], device, torch.float32)
+        assert torch.equal(tables.waves[tables.places[number, :count]], expected)
+        assert torch.equal(tables.positions[number, :count], position_ids([(rows, columns)], 32))
+        assert tables.near[number].max() < count
+        assert tables.halves[number].max() < 2 * count
 
 
 def test_marks_land_on_their_patches():
@@ -287,11 +429,10 @@ def test_pool_gives_back_what_was_put_in_also_after_wrapping(recorder, seed):
     pool = Pool(rows, PIXELS, CHANNELS, torch.device("cpu"), 0)
     for _ in range(4):
         pool.add(workers.take(0), workers)
-    kept = pool.draw(6, 10**9, {"exists": 1.0})
-    patches, marks = pool.gather(kept)
-    expected = [made[int(k.record.ids[0])] for k in kept]
-    assert np.array_equal(patches.numpy(), np.concatenate([r.patches for r in expected]))
-    assert np.array_equal(marks.numpy(), np.concatenate([r.marks for r in expected]))
+    for kept in (pool.pick({"exists": 1.0}) for _ in range(6)):
+        expected, own = made[int(kept.record.ids[0])], slice(kept.start, kept.start + kept.count)
+        assert np.array_equal(pool.patches[own].numpy(), expected.patches)
+        assert np.array_equal(pool.marks[own].numpy(), expected.marks)
 
 
 def test_pool_keeps_pictures_and_questions_together_for_long(recorder, seed):
@@ -313,12 +454,15 @@ def test_pool_keeps_pictures_and_questions_together_for_long(recorder, seed):
     # Room for two of the largest deliveries (of eight records), so that it wraps often.
     rows = 16 * max(len(record.patches) for record in spare)
     pool = Pool(rows, PIXELS, CHANNELS, torch.device("cpu"), seed)
+    picked = []
     for _ in range(60):
         pool.add(workers.take(0), workers)
-        for kept in pool.draw(6, 10**9, dict.fromkeys(pool.families, 1.0)):
-            if kept.count:
-                patches, _ = pool.gather([kept])
-                assert (patches == int(kept.record.ids[0]) % 251).all()
+        for kept in (pool.pick(dict.fromkeys(pool.families, 1.0)) for _ in range(6)):
+            patches = pool.patches[kept.start : kept.start + kept.count]
+            assert (patches == int(kept.record.ids[0]) % 251).all()
+            picked.append(kept)
+    assert any(kept.gone for kept in picked)
+    assert all(not kept.gone for kept in pool.order)
 
 
 def test_worker_processes_deliver_whole_records(recorder):
@@ -346,6 +490,9 @@ def test_schedules():
     assert learning_rate_scale(0, 0.0) < 0.05
     assert learning_rate_scale(1000, 0.1) == 1.0
     assert learning_rate_scale(1000, 1.0) == 0.0
+    plan = Plan(start=100.0, end=200.0, first=0.5, last=0.9, max_steps=10)
+    assert plan.progress(plan.done(150.0, 0)) == pytest.approx(0.7)
+    assert plan.progress(plan.done(101.0, 10)) == pytest.approx(0.9)
     weights = family_weights({"a": 0.5, "b": 0.5}, {"a": 0.99, "b": 0.4}, 0.5)
     assert weights["b"] > 2 * weights["a"]
     assert sum(weights.values()) == pytest.approx(1.0)

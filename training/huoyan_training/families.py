@@ -16,6 +16,7 @@ from .splits import SPLITS, unseen_pair
 
 # Every single-picture family also asks the other single-picture questions; its own comes first.
 QUESTIONS = {"describe": 1.0, "what": 1.0, "colour": 1.0, "count": 1.0, "where": 1.0, "exists": 1.0}
+TRAINING_QUESTIONS = {"describe": 0.4, "what": 1.5, "colour": 0.7, "count": 1.2, "where": 1.8, "exists": 0.9}
 
 FAMILIES: dict[str, float] = {
     "describe": 0.16,
@@ -55,13 +56,17 @@ def focus_of(scene: Scene, split: str) -> Group | None:
 
 def single(dice: Random, family: str, split: str) -> Example:
     while True:
-        scene = draw_scene(dice, split, many=family == "count")
+        scene = draw_scene(dice, split, many=family == "count" or (split == "train" and dice.random() < 0.25))
         focus = focus_of(scene, split)
         turns = ask_several(scene, {family: 1.0}, dice, 1, focus)
         if not turns:
             continue
-        others = {task: weight for task, weight in QUESTIONS.items() if task != family}
-        turns += ask_several(scene, others, dice, dice.randint(1, 4), focus)
+        if split == "train":
+            # Asking is cheap beside drawing and seeing.
+            turns += ask_several(scene, TRAINING_QUESTIONS, dice, dice.randint(4, 9), focus)
+        else:
+            others = {task: weight for task, weight in QUESTIONS.items() if task != family}
+            turns += ask_several(scene, others, dice, dice.randint(1, 4), focus)
         picture, marks = paint(scene)
         return from_turns(Made([picture], turns, [marks], unseen=scene.has_unseen()))
 

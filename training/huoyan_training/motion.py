@@ -182,7 +182,8 @@ def motion_example(dice: Random, split: str) -> Made:
     scene, mover, direction, path = draw_motion(dice, split)
     turns: list[Turn] = []
     for lang in LANGUAGES:
-        for questions, answer in dice.sample(moving(scene, mover, direction, lang, dice), 2):
+        said = moving(scene, mover, direction, lang, dice)
+        for questions, answer in dice.sample(said, len(said) if split == "train" else 2):
             question = vary(dice.choice(questions), lang, dice)
             turns.append(("motion", lang, question, answer))
     pictures, marks = [], []

@@ -192,6 +192,25 @@ def change_turns(dice: Random, before: Scene, after: Scene, change: str, index: 
     return turns
 
 
+def more_turns(dice: Random, scenes: list[Scene]) -> list[Turn]:
+    """Further questions about several pictures, for training: which shows a thing, how many are in one."""
+    turns: list[Turn] = []
+    task = "two" if len(scenes) == 2 else "three"
+    for which, scene in enumerate(scenes):
+        others = [s for s in scenes if s is not scene]
+        for g in scene.groups:
+            lang = dice.choice(LANGUAGES)
+            if not any(s.of_kind(g.kind) for s in others):
+                colour = g.colour if dice.random() < 0.3 else None
+                turns.append(turn(task, lang, ask_which(g.kind, colour, which, lang), dice))
+            elif not any(s.total(g.kind, g.colour) for s in others):
+                turns.append(turn(task, lang, ask_which(g.kind, g.colour, which, lang), dice))
+            count = scene.total(g.kind)
+            if count <= 5:
+                turns.append(turn(task, lang, ask_count_in(g.kind, count, which, lang), dice))
+    return dice.sample(turns, min(4, len(turns)))
+
+
 def ask_content(scene: Scene, which: int, lang: str) -> Said:
     en, zh = ORDINALS[which]
     if lang == "zh":
@@ -297,6 +316,8 @@ def more_example(dice: Random, split: str) -> Made:
     turns.append(turn("two", lang, ask_count_in(kind, (a, b)[which], which, lang), dice))
     which, lang = dice.randrange(2), dice.choice(LANGUAGES)
     turns.append(turn("content", lang, ask_content(scenes[which], which, lang), dice))
+    if split == "train":
+        turns += more_turns(dice, list(scenes))
     return finish(list(scenes), turns, split)
 
 
@@ -319,7 +340,10 @@ def two_example(dice: Random, split: str) -> Made:
         before, after, change, index = changed_pair(dice, split)
         if allowed([before, after], split):
             break
-    return finish([before, after], change_turns(dice, before, after, change, index), split)
+    turns = change_turns(dice, before, after, change, index)
+    if split == "train":
+        turns += more_turns(dice, [before, after])
+    return finish([before, after], turns, split)
 
 
 def ask_which(kind: str, colour: str | None, which: int, lang: str) -> Said:
@@ -365,4 +389,6 @@ def three_example(dice: Random, split: str) -> Made:
         turns.append(turn("three", lang, ask_which(g.kind, colour, which, lang), dice))
         which = dice.randrange(3)
         turns.append(turn("content", lang, ask_content(scenes[which], which, lang), dice))
+    if split == "train":
+        turns += more_turns(dice, scenes)
     return finish(scenes, turns, split)

@@ -366,12 +366,21 @@ def _find_spot(
     return None
 
 
+USUAL, CROWDED = (34, 34, 23, 9), (20, 34, 30, 16)
+"""How often a picture has one to four groups: mostly, and where there is more to learn from each."""
+
+
 def choose_groups(
-    scene: Scene, dice: Random, split: str, most: int = 4, many: bool = False
+    scene: Scene,
+    dice: Random,
+    split: str,
+    most: int = 4,
+    many: bool = False,
+    shares: tuple[int, ...] = USUAL,
 ) -> list[tuple[str, str, int]]:
     """What to show: (kind, colour, count) per group, at most 8 things, by the rules of the split."""
     wanted: list[tuple[str, str, int]] = []
-    n = min(most, dice.choices((1, 2, 3, 4), (34, 34, 23, 9))[0])
+    n = min(most, dice.choices((1, 2, 3, 4), shares)[0])
     totals: dict[str, int] = {}
     for k in range(n):
         kind = choose_kind(dice, scene.backdrop)
@@ -409,11 +418,12 @@ def draw_scene(
 
     With `many`, every count from 1 to 5 is as likely; otherwise most groups are one thing.
     """
+    shares = CROWDED if split == "train" else USUAL
     while True:
         width, height = size or picture_size(dice)
         scene = Scene(width, height, choose_backdrop(dice), dice.randrange(1 << 30))
         try:
-            arrange(scene, choose_groups(scene, dice, split, most, many), dice)
+            arrange(scene, choose_groups(scene, dice, split, most, many, shares), dice)
         except NoRoom:
             continue
         if right_split(scene, split):

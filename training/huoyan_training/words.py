@@ -92,7 +92,7 @@ def word_example(dice: Random, split: str) -> Made:
         "what": 0.5,
         **({"colour": 1.0, "where": 1.0, "count": 1.0, "exists": 1.0} if scene.groups else {}),
     }
-    turns += ask_several(scene, tasks, dice, 2 if scene.groups else 1)
+    turns += ask_several(scene, tasks, dice, (2 if scene.groups else 1) + 2 * (split == "train"))
     picture, marks = paint(scene)
     return Made([picture], turns, [marks], unseen=split == "unseen")
 

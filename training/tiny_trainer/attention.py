@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 
-def branch_bias(branch: Tensor, dtype: torch.dtype) -> Tensor:
-    """Additive mask of rows that hold a common beginning (branch 0) and several continuations of it.
+def branch_bias(branch: Tensor, owner: Tensor, dtype: torch.dtype) -> Tensor:
+    """Additive mask of rows of examples, each a common beginning (branch 0) and several continuations of it.
 
-    A token sees the beginning and the earlier tokens of its own branch, so each branch is trained exactly
-    as if it alone followed the beginning, which is computed once.
+    A token sees its example's beginning and the earlier tokens of its own branch, so each branch is trained
+    exactly as if it alone followed the beginning, which is computed once.
 
     Args:
-        branch: [B, L], 0 for the beginning, 1, 2, … for the continuations, anything else for padding.
+        branch: [B, L], 0 for a beginning, 1, 2, … for its continuations.
+        owner: [B, L], the example of each token; padding is an example of its own.
 
     Returns:
         [B, 1, L, L], 0 or very negative. Not -inf: tiles of nothing else make the gradients of fused kernels NaN.
@@ -25,7 +25,7 @@ def branch_bias(branch: Tensor, dtype: torch.dtype) -> Tensor:
     length = branch.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=branch.device).tril()
     key = branch[:, None, :]
-    seen = causal & ((key == 0) | (key == branch[:, :, None]))
+    seen = causal & ((key == 0) | (key == branch[:, :, None])) & (owner[:, None, :] == owner[:, :, None])
     bias = torch.zeros(seen.shape, dtype=dtype, device=branch.device)
     return bias.masked_fill_(~seen, -30000.0).unsqueeze(1)
 
@@ -40,9 +40,48 @@ class BranchedAttention:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         groups = q.shape[1] // k.shape[1]
         q, k, v = (t.unflatten(0, (self.rows, -1)).transpose(1, 2) for t in (q, k, v))
-        k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))
+        k, v = (t.unsqueeze(2).expand(-1, -1, groups, -1, -1).flatten(1, 2) for t in (k, v))
         out = scaled_dot_product_attention(q, k, v, attn_mask=self.bias)
         return out.transpose(1, 2).flatten(0, 1)
+
+
+class RowsAttention:
+    """The decoder's `attend` for tokens in rows of several lengths, end to end: `rows` says (how many, how long)."""
+
+    def __init__(
+        self, branch: Tensor, owner: Tensor, rows: Sequence[tuple[int, int]], dtype: torch.dtype
+    ) -> None:
+        self.sizes = [count * length for count, length in rows]
+        self.parts = [
+            BranchedAttention(branch_bias(b.view(shape), o.view(shape), dtype))
+            for shape, b, o in zip(rows, branch.split(self.sizes), owner.split(self.sizes), strict=True)
+        ]
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        cut = zip(self.parts, *(t.split(self.sizes) for t in (q, k, v)), strict=True)
+        return torch.cat([part(layer, *own) for part, *own in cut])
+
+
+class RotatingRowsAttention(RowsAttention):
+    """The same with the rotation of queries and keys in one kernel; cos and sin as `RotaryTable.lookup` gives them."""
+
+    def __init__(
+        self,
+        branch: Tensor,
+        owner: Tensor,
+        rows: Sequence[tuple[int, int]],
+        dtype: torch.dtype,
+        rotation: tuple[Tensor, Tensor],
+        heads: tuple[int, int],
+    ) -> None:
+        super().__init__(branch, owner, rows, dtype)
+        self.rotation, self.heads = rotation, heads
+
+    def rotate_and_attend(self, layer: int, qkv: Tensor) -> Tensor:
+        from tiny_trainer.fused_steps import split_rotated
+
+        q, k, v = split_rotated(qkv, *self.rotation, *self.heads)
+        return self(layer, q, k, v).flatten(1)
 
 
 class CachedAttention:
@@ -80,33 +119,3 @@ class CachedAttention:
         seen = torch.arange(end, device=q.device) <= self.positions[:, None, :, None]
         out = scaled_dot_product_attention(q, keys, values, attn_mask=seen)
         return out.transpose(1, 2).flatten(0, 1)
-
-
-def padded_attention(
-    q: Tensor, k: Tensor, v: Tensor, q_lengths: Sequence[int], k_lengths: Sequence[int]
-) -> Tensor:
-    """What `huoyan.layers.packed_attention.packed_attention` computes, by padding to the longest sequence."""
-    q_rows, q_length = _padded_rows(q_lengths, q.device)
-    k_rows, k_length = _padded_rows(k_lengths, k.device)
-    count = len(k_lengths)
-
-    def pad(x: Tensor, rows: Tensor, length: int) -> Tensor:
-        whole = x.new_zeros(count * length, *x.shape[1:]).index_copy(0, rows, x)
-        return whole.unflatten(0, (count, length)).transpose(1, 2)
-
-    there = torch.zeros(count * k_length, dtype=torch.bool, device=k.device)
-    there[k_rows] = True
-    mask = there.view(count, 1, 1, k_length).expand(-1, -1, q_length, -1)
-    out = scaled_dot_product_attention(
-        pad(q, q_rows, q_length), pad(k, k_rows, k_length), pad(v, k_rows, k_length), attn_mask=mask
-    )
-    return out.transpose(1, 2).flatten(0, 1)[q_rows]
-
-
-def _padded_rows(lengths: Sequence[int], device: torch.device) -> tuple[Tensor, int]:
-    """Where each token of packed sequences goes among padded ones, and the padded length."""
-    length = -(-max(lengths) // 8) * 8
-    sizes = np.array(lengths)
-    starts = np.repeat(np.arange(len(sizes)) * length - (sizes.cumsum() - sizes), sizes)
-    rows = torch.from_numpy(starts + np.arange(sizes.sum()))
-    return rows.to(device, non_blocking=True), length

@@ -103,8 +103,13 @@ def _limits(training: Mapping[str, Any]) -> str:
         "that means nothing. Counting ends at five, words at six characters.\n"
     )
     if training:
+        run = (
+            "The last run, which went on from an earlier one, took"
+            if training.get("continued")
+            else "Trained for"
+        )
         text += (
-            f"\nTrained for {training['minutes']} minutes on {training['device']}: {training['steps']} steps, "
+            f"\n{run} {training['minutes']} minutes on {training['device']}: {training['steps']} steps, "
             f"{training['examples_drawn']} drawn examples, {training['examples_seen']} seen, seed {training['seed']}.\n"
         )
     return text

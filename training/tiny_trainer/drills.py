@@ -25,7 +25,6 @@ from huoyan_training.splits import UNSEEN_COUNT
 from huoyan_training.words import new_sign
 
 FAMILY = "drill"
-SHARE = 0.12
 
 
 def draw_drill(dice: Random) -> Example:

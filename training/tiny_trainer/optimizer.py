@@ -1,4 +1,7 @@
-"""Muon for the matrices between layers, AdamW for the rest, on float32 masters of whatever the model runs in."""
+"""Muon for the matrices between layers, AdamW for the rest, on float32 masters of whatever the model runs in.
+
+What changes from step to step is read from a tensor (`Optimizer.rates`), so that a CUDA graph may hold a step.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +31,11 @@ def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
     return (x.mT if tall else x).to(g.dtype)
 
 
+RATES = ("matrix", "adam", "second", "average")
+"""Of `Optimizer.rates`: Muon's rate, Adam's with its correction, the correction of Adam's second moment (to
+multiply its root by), how far the average moves."""
+
+
 class Optimizer:
     """Steps float32 masters and an average of them, and copies the masters into the model.
 
@@ -43,7 +51,7 @@ class Optimizer:
         weight_decay: float = 0.01,
         momentum: float = 0.95,
         betas: tuple[float, float] = (0.9, 0.98),
-        average_decay: float = 0.995,
+        average_decay: float = 0.998,
         clip: float = 1.0,
     ) -> None:
         self.parameters = [p for _, p, _ in named]
@@ -52,28 +60,37 @@ class Optimizer:
         self.average_decay = average_decay
         self.matrix_lr, self.adam_lr, self.weight_decay = matrix_lr, adam_lr, weight_decay
         self.momentum, self.betas, self.clip = momentum, betas, clip
-        self.step_count = 0
         self.by_shape: dict[tuple[int, int], list[tuple[int, int, int]]] = defaultdict(list)
         self.adam: list[int] = []
-        self.decayed: list[int] = []
+        self.matrix: list[int] = []
         for i, (name, p, splits) in enumerate(named):
             if p.dim() == 2 and not any(part in name for part in _ADAM_NAMES):
                 start = 0
                 for rows in splits or (p.shape[0],):
                     self.by_shape[rows, p.shape[1]].append((i, start, start + rows))
                     start += rows
-                self.decayed.append(i)
+                self.matrix.append(i)
             else:
                 self.adam.append(i)
-        self.matrix = self.decayed
         self.buffers = {i: torch.zeros_like(self.masters[i]) for i in self.matrix}
         self.first = [torch.zeros_like(self.masters[i]) for i in self.adam]
         self.second = [torch.zeros_like(self.masters[i]) for i in self.adam]
 
+    def rates(self, step: int, scale: float) -> list[float]:
+        """RATES of step number `step` (from 1) at `scale` times the learning rates; 0 changes nothing."""
+        beta1, beta2 = self.betas
+        return [
+            self.matrix_lr * scale,
+            self.adam_lr * scale / (1 - beta1**step),
+            (1 - beta2**step) ** -0.5,
+            # A short memory at first: the first averages would otherwise be of what training started from.
+            1 - min(self.average_decay, step / (step + 9)),
+        ]
+
     @torch.no_grad()
-    def step(self, scale: float) -> Tensor:
-        """One update at `scale` times the learning rates. Returns the gradient's norm, unclipped."""
-        self.step_count += 1
+    def step(self, rates: Tensor) -> Tensor:
+        """One update by `rates`, float32 [len(RATES)]. Returns the gradient's norm, unclipped."""
+        matrix, adam, second, average = rates.unbind()
         grads = [
             torch.zeros_like(m) if p.grad is None else p.grad.float()
             for p, m in zip(self.parameters, self.masters, strict=True)
@@ -82,36 +99,45 @@ class Optimizer:
         # A step whose gradient is not finite counts as a gradient of zero instead of ending the run.
         factor = torch.nan_to_num((self.clip / (norm + 1e-6)).clamp(max=1.0), nan=0.0)
         grads = [g.nan_to_num_(0.0, 0.0, 0.0) for g in torch._foreach_mul(grads, factor)]
-        self._adam_step([grads[i] for i in self.adam], scale)
-        self._matrix_step(grads, scale)
-        torch._foreach_lerp_(self.averages, self.masters, 1 - min(self.average_decay, self.step_count / 20))
+        self._adam_step([grads[i] for i in self.adam], adam, second)
+        self._matrix_step(grads, matrix)
+        ahead = torch._foreach_sub(self.masters, self.averages)
+        torch._foreach_mul_(ahead, average)
+        torch._foreach_add_(self.averages, ahead)
         self.show_masters()
         return norm
 
-    def _adam_step(self, grads: list[Tensor], scale: float) -> None:
+    def _adam_step(self, grads: list[Tensor], rate: Tensor, correction: Tensor) -> None:
         beta1, beta2 = self.betas
         torch._foreach_lerp_(self.first, grads, 1 - beta1)
         torch._foreach_mul_(self.second, beta2)
         torch._foreach_addcmul_(self.second, grads, grads, 1 - beta2)
         denominator = torch._foreach_sqrt(self.second)
-        torch._foreach_div_(denominator, (1 - beta2**self.step_count) ** 0.5)
+        torch._foreach_mul_(denominator, correction)
         torch._foreach_add_(denominator, 1e-8)
-        rate = -self.adam_lr * scale / (1 - beta1**self.step_count)
-        torch._foreach_addcdiv_([self.masters[i] for i in self.adam], self.first, denominator, rate)
+        change = torch._foreach_div(self.first, denominator)
+        torch._foreach_mul_(change, rate)
+        torch._foreach_sub_([self.masters[i] for i in self.adam], change)
 
-    def _matrix_step(self, grads: list[Tensor], scale: float) -> None:
+    def _matrix_step(self, grads: list[Tensor], rate: Tensor) -> None:
         buffers = [self.buffers[i] for i in self.matrix]
         of_matrix = [grads[i] for i in self.matrix]
         torch._foreach_lerp_(buffers, of_matrix, 1 - self.momentum)
         ahead = dict(zip(self.matrix, torch._foreach_lerp(of_matrix, buffers, self.momentum), strict=True))
-        rate = self.matrix_lr * scale
-        torch._foreach_mul_([self.masters[i] for i in self.decayed], 1 - rate * self.weight_decay)
+        torch._foreach_mul_([self.masters[i] for i in self.matrix], 1 - rate * self.weight_decay)
         for (rows, columns), pieces in self.by_shape.items():
-            update = orthogonalise(torch.stack([ahead[i][a:b] for i, a, b in pieces]))
             # Entries of about 0.2, the size of Adam's steps, whatever the shape.
-            strength = -rate * 0.2 * max(rows, columns) ** 0.5
-            targets = [self.masters[i][a:b] for i, a, b in pieces]
-            torch._foreach_add_(targets, list(update.unbind()), alpha=strength)
+            strength = rate * (0.2 * max(rows, columns) ** 0.5)
+            update = orthogonalise(torch.stack([ahead[i][a:b] for i, a, b in pieces])) * strength
+            torch._foreach_sub_([self.masters[i][a:b] for i, a, b in pieces], list(update.unbind()))
+
+    @torch.no_grad()
+    def forget(self) -> None:
+        """Start over with moments of zero and an average of the present weights."""
+        for tensors in (self.buffers.values(), self.first, self.second):
+            for t in tensors:
+                t.zero_()
+        torch._foreach_copy_(self.averages, self.masters)
 
     @torch.no_grad()
     def show_masters(self) -> None:

@@ -12,20 +12,23 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from tiny_trainer.records import Record
 from tiny_trainer.workers import Delivery, Workers
 
+MOST_TOKENS = 1024
+"""Of an example; a longer one (there is hardly one in ten thousand) is left out."""
+
 
 @dataclass(eq=False)
 class Kept:
-    """A record whose patches lie in `[start : start + count]` of the pool's rows."""
+    """A record whose patches lie in `[start : start + count]` of the pool's rows, until it is `gone`."""
 
     record: Record
     start: int
     count: int
     uses: int = 0
+    gone: bool = False
 
 
 class Family:
@@ -74,6 +77,9 @@ class Pool:
         at = self.head
         for record in delivery.records:
             count = len(record.patches)
+            if len(record.ids) > MOST_TOKENS:
+                at += count
+                continue
             kept = Kept(replace(record, patches=_EMPTY, marks=_EMPTY), at, count)
             at += count
             self.order.append(kept)
@@ -98,39 +104,22 @@ class Pool:
         """Forget the oldest examples that begin in [start, end); those without patches too, or they would stop it."""
         while self.order and start <= self.order[0].start < end:
             old = self.order.popleft()
+            old.gone = True
             family = self.families[old.record.family]
             family.forget_oldest()
             if family.fresh and family.fresh[0] is old:
                 family.fresh.popleft()
 
-    def draw(self, count: int, max_patches: int, weights: Mapping[str, float]) -> list[Kept]:
-        """Examples for a step: families by weight, unused examples first, the rest at random."""
-        names = [name for name in self.families if len(self.families[name]) and weights.get(name, 0) > 0]
-        out: list[Kept] = []
-        total = 0
-        for name in self.rng.choices(names, weights=[weights[name] for name in names], k=count):
-            family = self.families[name]
-            if family.fresh:
-                kept = family.fresh.popleft()
-            else:
-                kept = family.items[self.rng.randrange(family.gone, len(family.items))]
-            if out and total + kept.count > max_patches:
-                break
-            total += kept.count
-            kept.uses += 1
-            out.append(kept)
-        return out
-
-    def gather(self, kept: list[Kept]) -> tuple[Tensor, Tensor]:
-        """uint8 patches [P, pixels] and marks [P, channels] of these examples, end to end."""
-        counts = np.array([k.count for k in kept])
-        starts = np.array([k.start for k in kept])
-        ends = counts.cumsum()
-        rows = np.arange(ends[-1]) + np.repeat(starts - (ends - counts), counts)
-        index = torch.from_numpy(rows)
-        if self.device.type == "cuda":
-            index = index.pin_memory().to(self.device, non_blocking=True)
-        return self.patches.index_select(0, index), self.marks.index_select(0, index)
+    def pick(self, weights: Mapping[str, float]) -> Kept:
+        """One example: its family by weight, one that is not used yet before all others."""
+        names = [name for name, family in self.families.items() if len(family) and weights.get(name, 0) > 0]
+        family = self.families[self.rng.choices(names, [weights[name] for name in names])[0]]
+        if family.fresh:
+            kept = family.fresh.popleft()
+        else:
+            kept = family.items[self.rng.randrange(family.gone, len(family.items))]
+        kept.uses += 1
+        return kept
 
 
 _EMPTY = np.zeros((0, 0), dtype=np.uint8)

@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 _WARM_STEPS = 100
-_FLAT_UNTIL = 0.35
+_FLAT_UNTIL = 0.3
+_HEAD_START = 300
 
 
 def learning_rate_scale(step: int, progress: float) -> float:
     """Rises over the first steps, stays, and falls in a straight line to 0."""
     warm = min(1.0, (step + 1) / _WARM_STEPS)
     return warm * min(1.0, max(0.0, (1 - progress) / (1 - _FLAT_UNTIL)))
+
+
+def head_start(step: int) -> float:
+    """Of the auxiliary losses at the start of a run: heads that know nothing learn before they may teach."""
+    return 0.003 if step < _HEAD_START else 1.0
 
 
 def auxiliary_scale(progress: float) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,7 @@ class SequenceBuilder:
     def __init__(self, folder: Path, rules: SliceRules) -> None:
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.rules = rules
+        self._encoded = lru_cache(maxsize=30_000)(self._encode)
         self.slot_id = self._special("<unk>")
         self.stop_id = self._special(STOP)
 
@@ -52,7 +54,11 @@ class SequenceBuilder:
         return int(found)
 
     def encode(self, text: str) -> list[int]:
-        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        # Pictures' placeholders and questions come again and again.
+        return list(self._encoded(text))
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))

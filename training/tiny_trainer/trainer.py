@@ -8,23 +8,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from huoyan.layers import fused
 from huoyan.layers.linear import Linear
-from huoyan.models import resampler, siglip
 from huoyan.models.checkpoint import open_checkpoint
 from huoyan.models.config import read_model_config
 from huoyan.models.minicpmv import MiniCPMV
-from huoyan.models.patches import normalise
 from huoyan.models.resampler import CrossAttention
 from huoyan.models.weights import build_model, load_model
-from tiny_trainer.attention import padded_attention
-from tiny_trainer.auxiliary import AuxiliaryHeads, Classes, Near, Places
-from tiny_trainer.batches import TextBatch, make_groups
+from tiny_trainer.auxiliary import AuxiliaryHeads, Classes
+from tiny_trainer.fixed import FixedBatch, Packer, Shape
+from tiny_trainer.grids import GridTables
 from tiny_trainer.initial import initialise
-from tiny_trainer.losses import Losses, compute_losses
+from tiny_trainer.losses import Way, compute_losses
 from tiny_trainer.optimizer import Optimizer
-from tiny_trainer.pool import Kept, Pool
-from tiny_trainer.positions import LookedUpPositions
+from tiny_trainer.pool import Pool
 
 HEADS_FILE = "auxiliary.safetensors"
 
@@ -44,13 +40,12 @@ class Trainer:
         seed: int,
         matrix_lr: float,
         adam_lr: float,
-        auxiliary: float = 1.0,
         init: Path | None = None,
     ) -> None:
         torch.manual_seed(seed)
-        # cuDNN's attention makes a plan for each new shape, and nearly every step has new shapes.
+        # cuDNN's attention makes a plan for each new shape, and held-out questions come in many.
         torch.backends.cuda.enable_cudnn_sdp(False)
-        self.device, self.dtype, self.slot_id, self.auxiliary = device, dtype, slot_id, auxiliary
+        self.device, self.dtype, self.slot_id = device, dtype, slot_id
         self.families = {name: i for i, name in enumerate(families)}
         if init is None:
             config = read_model_config(config_folder)
@@ -70,35 +65,32 @@ class Trainer:
         self.optimizer = Optimizer(_named(self.model, self.heads), matrix_lr=matrix_lr, adam_lr=adam_lr)
         for p in (*self.model.parameters(), *self.heads.parameters()):
             p.data = p.data.to(dtype)
-        self.model.resampler.positions = LookedUpPositions(config.text.hidden_size)  # type: ignore[assignment]
-        self.places = Places()
+        side = self.model.vpm.embeddings.side
+        self.tables = GridTables(side, config.text.hidden_size, device, dtype)
         self.totals = torch.zeros(len(families), 2, device=device)
         self.sums = torch.zeros(5, device=device)
 
-    def losses(self, text: TextBatch, pixels: Tensor, marks: Tensor, near: Near) -> Losses:
-        """All of one batch, on the device already; pixels are uint8."""
-        patches = normalise(pixels, self.model.norm_mean, self.model.norm_std, self.dtype)
-        return compute_losses(self.model, self.heads, patches, marks, near, text)
+    def learn(self, pool: Pool, shape: Shape, batch: FixedBatch, rates: Tensor, way: Way) -> None:
+        """Learn from a batch of the pool's examples. Nothing here waits for the device.
 
-    def step(self, pool: Pool, kept: list[Kept], *, scale: float, auxiliary: float) -> None:
-        """Learn from these examples. Nothing here waits for the device."""
-        cuda = self.device.type == "cuda"
-        text = make_groups([k.record for k in kept], self.slot_id, max_groups=5, pin=cuda)
-        near = self.places.near(text.grids).to(self.device)
-        ordered = [kept[i] for i in text.order]
-        pixels, marks = pool.gather(ordered)
-        result = self.losses(text.to(self.device), pixels, marks, near)
-        loss = result.answers + self.auxiliary * auxiliary * (result.patches + result.queries)
+        Args:
+            rates: float32 on the device, the optimizer's RATES, then the weight of the auxiliary losses.
+        """
+        result = compute_losses(
+            self.model, self.heads, batch, shape, self.tables, pool.patches, pool.marks,
+            families=len(self.families), way=way,
+        )  # fmt: skip
+        loss = result.answers + rates[-1] * (result.patches + result.queries)
         for p in self.optimizer.parameters:
             p.grad = None
         loss.backward()
-        norm = self.optimizer.step(scale)
-        family = torch.tensor([self.families[k.record.family] for k in ordered]).to(
-            self.device, non_blocking=True
-        )
-        self.totals.index_add_(0, family, result.by_example)
+        norm = self.optimizer.step(rates[:-1])
+        self.totals += result.by_family
         parts = (result.answers, result.patches, result.queries, norm, torch.ones_like(norm))
         self.sums += torch.stack([p.detach().float() for p in parts])
+
+    def packer(self, shape: Shape) -> Packer:
+        return Packer(shape, self.tables, self.slot_id, self.families)
 
     def read_log(self) -> tuple[dict[str, float], dict[str, float]]:
         """Means since the last call: of the losses, and of the answer loss of each family."""
@@ -143,10 +135,3 @@ def _named(model: MiniCPMV, heads: AuxiliaryHeads) -> list[tuple[str, torch.nn.P
         out.append((name, p, splits))
     out += [("heads." + name, p, ()) for name, p in heads.named_parameters()]
     return out
-
-
-def use_plain_operators() -> None:
-    """Run the encoder on padded slices and without kernels of our own, where those do not work."""
-    fused._use_kernel = lambda x: False
-    for owner in (siglip, resampler):
-        owner.packed_attention = padded_attention  # type: ignore[attr-defined]

@@ -94,7 +94,7 @@ class Workers:
         return whole[:cut].reshape(-1, PIXELS), whole[cut:].reshape(-1, CHANNELS)
 
     def _work(self, seed: int) -> None:
-        os.nice(10)
+        os.nice(19)
         if self._cores:
             os.sched_setaffinity(0, self._cores)
         rng = random.Random(seed)

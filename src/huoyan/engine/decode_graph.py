@@ -1,18 +1,20 @@
 """Decode steps as CUDA graphs: from token ids to hidden states without a launch from the host for each kernel.
 
-One graph for each of a few batch sizes, captured when first needed; smaller batches run in the next larger graph,
-their spare rows writing nowhere. Graphs share one memory pool. The head is launched behind them: its logits are by far
-the largest tensor of a step, and so take memory that the other moments of a step use too.
+One graph for each of a few batch sizes, captured when it is needed for the third time: while requests come and go many
+sizes pass once, and a capture takes as long as some ten steps. Until then a larger graph that is there serves, its
+spare rows writing nowhere, or the step is launched kernel by kernel. Graphs share one memory pool. The head is launched
+behind them: its logits are by far the largest tensor of a step, and so take memory that its other moments use too.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from huoyan.engine.graph_stream import capture_stream
 from huoyan.kernels.paged_decode import paged_decode
 from huoyan.kernels.rope_cache import rope_cache
 from huoyan.planning.graphs import graph_sizes
@@ -25,15 +27,21 @@ if TYPE_CHECKING:
     from huoyan.models.minicpmv import MiniCPMV
 
 
+_USES_BEFORE_CAPTURE = 3
+
+
 class DecodeGraphs:
     """`run(batch)` gives the logits of a step that is decodes only."""
 
-    def __init__(self, model: MiniCPMV, cache: KVCache, max_num_seqs: int, max_model_len: int) -> None:
+    def __init__(
+        self, model: MiniCPMV, cache: KVCache, max_num_seqs: int, max_model_len: int, pool: Any = None
+    ) -> None:
+        """`pool`: of `torch.cuda.graph_pool_handle`, where other graphs share it."""
         self._model = model
         self._cache = cache
         self._sizes = graph_sizes(max_num_seqs)
         self._max_blocks = -(-max_model_len // cache.block_size)
-        self._pool: tuple[int, int] | None = None
+        self._pool = pool
         # One for all sizes: each graph's own would stay with it.
         self._hidden = torch.empty(
             self._sizes[-1], model.config.text.hidden_size, dtype=model.dtype, device=cache.device
@@ -42,20 +50,28 @@ class DecodeGraphs:
             self._sizes[-1], 4 + self._max_blocks, dtype=torch.int32, device=cache.device
         )
         self._graphs: dict[int, _Graph] = {}
-        self._aside: torch.cuda.Stream | None = None
+        self._wanted: dict[int, int] = {}
+        """How often a size without a graph was needed."""
 
     def fits(self, batch: Batch) -> bool:
-        """Whether the step is decodes only, and few enough."""
-        return batch.num_decodes == len(batch.chunks) <= self._sizes[-1]
+        """Whether the step is decodes only, few enough, and there is a graph for it, or is to be one."""
+        count = len(batch.chunks)
+        if not batch.num_decodes == count <= self._sizes[-1]:
+            return False
+        size = self._size_for(count)
+        if size not in self._graphs:
+            self._wanted[size] = self._wanted.get(size, 0) + 1
+        return self._chosen_size(count) is not None
 
-    def _stream(self) -> torch.cuda.Stream:
-        """Where to capture: the engine's own stream, since cuBLAS keeps 32 MiB for every one that it has seen."""
-        current = torch.cuda.current_stream(self._cache.device)
-        if current == torch.cuda.default_stream(self._cache.device):
-            # Nothing can be captured there.
-            self._aside = self._aside or torch.cuda.Stream(self._cache.device)
-            return self._aside
-        return current
+    def _size_for(self, count: int) -> int:
+        return next(s for s in self._sizes if s >= count)
+
+    def _chosen_size(self, count: int) -> int | None:
+        """The graph's size that a step of `count` rows takes now; None for none."""
+        size = self._size_for(count)
+        if size in self._graphs or self._wanted.get(size, 0) >= _USES_BEFORE_CAPTURE:
+            return size
+        return next((s for s in self._sizes if 2 * count >= s > size and s in self._graphs), None)
 
     def run(self, batch: Batch, late: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """[decodes, vocab] in the model's dtype, a row for each of the batch's tokens.
@@ -63,10 +79,11 @@ class DecodeGraphs:
         `late`: rows and ids, int64 [N] each, of tokens that only the device knows.
         """
         count = len(batch.chunks)
-        size = next(s for s in self._sizes if s >= count)
+        size = self._chosen_size(count)
+        assert size is not None, "asked without `fits`"
         if size not in self._graphs:
             graph = _Graph(self._model, self._cache, self._hidden[:size], self._inputs[:size])
-            graph.capture(self._pool, self._stream())
+            graph.capture(self._pool)
             self._pool = graph.pool
             self._graphs[size] = graph
         return self._model.head(self._graphs[size].replay(batch, late)[:count])
@@ -92,17 +109,17 @@ class _Graph:
         self._copied = torch.cuda.Event()
 
     @property
-    def pool(self) -> tuple[int, int]:
-        pool: tuple[int, int] = self._graph.pool()
-        return pool
+    def pool(self) -> Any:
+        return self._graph.pool()
 
-    def capture(self, pool: tuple[int, int] | None, stream: torch.cuda.Stream) -> None:
+    def capture(self, pool: Any) -> None:
         """Run once to compile what is compiled on first use, then capture."""
+        stream = capture_stream(self._cache.device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self._forward()
         torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(self._graph, pool=pool, stream=stream):  # type: ignore[arg-type]  # a private type
+        with torch.cuda.graph(self._graph, pool=pool, stream=stream):
             self._forward()
 
     def replay(self, batch: Batch, late: tuple[Tensor, Tensor] | None) -> Tensor:

@@ -26,6 +26,7 @@ from huoyan.engine.scheduler import Scheduler
 from huoyan.engine.sizing import CacheSize, limit_torch, size_cache, way_of_model
 from huoyan.engine.stats import EngineStats
 from huoyan.errors import HuoyanError, InputError
+from huoyan.layers.int4 import forget_scratches
 from huoyan.layers.linear import lay_out_for_cpu
 from huoyan.planning.graphs import captured_rows
 from huoyan.planning.memory import slice_bytes
@@ -98,14 +99,17 @@ class Engine:
             model.device,
             self.config.kv_cache_dtype,
         )
-        graphs = None
+        graphs = prefills = None
         # Graphs are captured where steps run, and not on the default stream: so steps run on another.
         self._stream: torch.cuda.Stream | None = None
         if has_fused_attention(model, cache.format.name) and not self.config.enforce_eager:
             from huoyan.engine.decode_graph import DecodeGraphs
+            from huoyan.engine.prefill_graph import PrefillGraphs
 
+            pool = torch.cuda.graph_pool_handle()
             rows = captured_rows(self.config.max_num_seqs, way_of_model(model, self.config).int4)
-            graphs = DecodeGraphs(model, cache, rows, self.size.max_model_len)
+            graphs = DecodeGraphs(model, cache, rows, self.size.max_model_len, pool)
+            prefills = PrefillGraphs(model, cache, pool)
             self._stream = torch.cuda.Stream(model.device)
         self.runner = Runner(
             model,
@@ -114,6 +118,7 @@ class Engine:
             self.config.max_encoder_slices,
             self.size.limits.encoder_patches,
             graphs=graphs,
+            prefills=prefills,
         )
         self.scheduler.encodes_beside = self.runner.encoder.runs_beside
         if self._stream is not None:
@@ -247,6 +252,7 @@ class Engine:
         self.pictures.clear()
         device = self.model.device
         del self.runner, self.model
+        forget_scratches(self._stream.cuda_stream if self._stream else 0)
         limit_torch(None, device)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from huoyan.engine.in_flight import InFlight
     from huoyan.engine.kv_cache import KVCache
     from huoyan.engine.picture_cache import PictureCache
+    from huoyan.engine.prefill_graph import PrefillGraphs
     from huoyan.engine.schedule import Chunk, Schedule
     from huoyan.media.types import PreparedPicture
     from huoyan.models.minicpmv import MiniCPMV
@@ -71,8 +72,9 @@ class Runner:
         max_encoder_patches: int,
         *,
         graphs: DecodeGraphs | None = None,
+        prefills: PrefillGraphs | None = None,
     ) -> None:
-        """`graphs`: decode steps captured as CUDA graphs; without them every step is launched kernel by kernel."""
+        """`graphs`, `prefills`: steps captured as CUDA graphs; without them every step is launched kernel by kernel."""
         self.model = model
         self.cache = cache
         self.pictures = pictures
@@ -83,6 +85,7 @@ class Runner:
         self.device = cache.device
         self._fused = has_fused_attention(model, cache.format.name)
         self._graphs = graphs
+        self._prefill_graphs = prefills
         self._workspace = Workspace()
         self.copied_blocks = 0
         """Copies on write so far."""
@@ -130,7 +133,9 @@ class Runner:
         x = self.model.embed(token_ids)
         if schedule.prefills:
             self._place_pictures(batch, x)
-        hidden = self.model.decoder(x, self._to_device(batch.positions), self._attention(batch, x.dtype))
+        hidden = None if self._prefill_graphs is None else self._prefill_graphs.run(batch, x)
+        if hidden is None:
+            hidden = self.model.decoder(x, self._to_device(batch.positions), self._attention(batch, x.dtype))
         rows = self._to_device(wanted)
         out = ForwardOutput(batch.sampling, self.model.head(hidden.index_select(0, rows)))
         for i in range(batch.num_decodes, len(batch.chunks)):

@@ -1,19 +1,26 @@
 """Triton kernels, each with its plain PyTorch reference beside it.
 
-The kernels of a decode step, of int4 products and of pictures are tested in Triton's interpreter but have not yet been
-run on a GPU, so a GPU runs the plain path unless HUOYAN_CUDA_KERNELS=1 asks for them (as `make test-gpu` does).
+CUDA uses them unless HUOYAN_CUDA_KERNELS=0 asks for the plain path, which is for finding out where a fault lies.
 """
 
 from __future__ import annotations
 
 import os
+from functools import lru_cache
+from importlib.util import find_spec
 
 
 def decode_kernels_enabled() -> bool:
-    """Whether CUDA uses our attention, rotation, graph and int4 kernels."""
-    return os.environ.get("HUOYAN_CUDA_KERNELS", "0") not in ("", "0")
+    """Whether CUDA uses our attention, rotation, matrix and graph kernels."""
+    return os.environ.get("HUOYAN_CUDA_KERNELS", "1") not in ("", "0") and _has_triton()
 
 
 def picture_kernels_enabled() -> bool:
     """Whether CUDA resizes pictures, runs the encoder on a stream of its own, and captures it in graphs."""
     return decode_kernels_enabled()
+
+
+@lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    """torch's builds for CUDA bring it along on Linux; elsewhere there may be none."""
+    return find_spec("triton") is not None

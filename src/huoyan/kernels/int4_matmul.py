@@ -46,7 +46,8 @@ def pack_words(q: Tensor) -> Tensor:
         for e in range(2):
             for b in range(2):
                 filled |= runs[:, :, h, e, :, b].to(torch.int32) << 4 * (2 * h + e + 4 * b)
-    return words.unflatten(1, (-1, 16)).unflatten(0, (-1, TILE)).transpose(1, 2).contiguous()
+    tiles: Tensor = words.unflatten(1, (-1, 16)).unflatten(0, (-1, TILE)).transpose(1, 2).contiguous()
+    return tiles
 
 
 def unpack_words(words: Tensor) -> Tensor:
@@ -275,12 +276,17 @@ def choose(m: int, n: int, k: int, parts: bool = False) -> Tuning:
     shared out among programs whose sums the next kernel adds."""
     if m > 16:
         few = m <= 64
-        split = max(1, min(k // BLOCK // 4, 7 if few else 4)) if parts else 1
-        return Tuning(128 if parts else 64, split, warps=4, stages=4, block_m=64)
+        split = max(1, min(k // BLOCK // 4, 7 if few else 4)) if parts and n < 16384 else 1
+        return Tuning(64 if split == 1 else 128, split, warps=4, stages=4, block_m=64)
     if not parts:
         return Tuning(64, 1, warps=4, stages=4, prefetch=4)
+    if n >= 16384:
+        # Twice as many programs keep the processors busier than one round of them.
+        return Tuning(128, 2 if k >= 2048 else 1, warps=4, stages=3, prefetch=4, unroll=2)
     split = max(1, min(k // BLOCK // 4, 11))
-    return Tuning(64, split, warps=4, stages=4, prefetch=4)
+    if n > k:
+        return Tuning(128, split, warps=4, stages=4, prefetch=4, unroll=2)
+    return Tuning(64 if split < 8 else 128, split, warps=4, stages=3 if split < 8 else 4, prefetch=4)
 
 
 def int4_matmul(

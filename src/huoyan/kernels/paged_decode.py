@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from huoyan.kernels.dependent_launch import begin, launch_options, overlaps, wait
+from huoyan.kernels.dependent_launch import begin, launch_options, overlaps, prefetch_lines, wait
 from huoyan.layers.kv_numbers import dequantize
 
 TILE = 64
@@ -77,7 +77,7 @@ def _part_kernel(
     row = tl.program_id(0)
     head = tl.program_id(1)
     part = tl.program_id(2)
-    wait(OVERLAP)
+    # Lengths and blocks are a step's inputs, there before its first kernel.
     length = tl.load(lens_ptr + row)
     tiles = tl.cdiv(length, TILE)
     tiles_a_part = tl.cdiv(tiles, PARTS)
@@ -89,6 +89,14 @@ def _part_kernel(
     d_ok = d < HEAD_DIM
     q_ok = (g < GROUP)[:, None] & d_ok[None, :]
     q_heads = head * GROUP + g
+    if OVERLAP:
+        token = tl.minimum(first + t, length - 1)
+        block = tl.load(tables_ptr + row * table_stride + token // BLOCK_SIZE).to(tl.int64)
+        at = (block * BLOCK_SIZE + token % BLOCK_SIZE) * KV_HEADS + head
+        line = tl.arange(0, 2) * (HEAD_DIM // 2)
+        prefetch_lines(keys_ptr + at[:, None] * HEAD_DIM + line[None, :])
+        prefetch_lines(values_ptr + at[:, None] * HEAD_DIM + line[None, :])
+    wait(OVERLAP)
     q = tl.load(q_ptr + row * q_stride + q_heads[:, None] * HEAD_DIM + d[None, :], mask=q_ok, other=0.0)
     q = (q.to(tl.float32) * (scale * 1.4426950408889634)).to(q.dtype)
     top = tl.full((GROUP_PADDED,), float("-inf"), dtype=tl.float32)

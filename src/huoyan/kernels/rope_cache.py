@@ -122,14 +122,16 @@ def _kernel(
     column = head * HEAD_DIM + d
     at = token * width + column
     all = tokens * width
+    # What a step is given is there before its first kernel: only qkv is waited for.
+    slot = tl.load(slots_ptr + token).to(tl.int64)
+    position = tl.load(positions_ptr + token).to(tl.int64)
+    turns = ok & (head < HEADS + KV_HEADS)
+    cos = tl.load(table_ptr + position * HEAD_DIM + d, mask=turns, other=1.0)
+    sin = tl.load(table_ptr + position * HEAD_DIM + half + d, mask=turns, other=0.0)
     wait(OVERLAP)
     first = _half(qkv_ptr, bias_ptr, out_ptr, at, column, ok, all, PARTS, HAS_BIAS)
     second = _half(qkv_ptr, bias_ptr, out_ptr, at + half, column + half, ok, all, PARTS, HAS_BIAS)
-    slot = tl.load(slots_ptr + token).to(tl.int64)
     if head < HEADS + KV_HEADS:
-        position = tl.load(positions_ptr + token).to(tl.int64)
-        cos = tl.load(table_ptr + position * HEAD_DIM + d, mask=ok, other=0.0)
-        sin = tl.load(table_ptr + position * HEAD_DIM + half + d, mask=ok, other=0.0)
         a, b = first.to(tl.float32), second.to(tl.float32)
         first = (a * cos - b * sin).to(out_ptr.dtype.element_ty)
         second = (b * cos + a * sin).to(out_ptr.dtype.element_ty)

@@ -1,15 +1,17 @@
-"""Which decode batches are captured as CUDA graphs."""
+"""Which steps are captured as CUDA graphs."""
 
 from __future__ import annotations
 
 from huoyan.planning.pieces import FEW_ROWS
 
-PREFILL_GRAPH_TOKENS: tuple[int, ...] = ()
-"""Tokens of a step of whole prompts that get a graph; none yet."""
+PREFILL_GRAPH_TOKENS = (64, 128, 192, 256, 320, 384, 448, 512, 576, 640, 704, 768)
+"""Tokens of a step of whole prompts that get a graph; beyond, the device keeps the host waiting anyway."""
+PREFILL_GRAPH_PROMPTS = 8
+"""Prompts of such a step at most."""
 
 
 def graph_sizes(most: int) -> list[int]:
-    """Batch sizes that get a graph of their own.
+    """Batch sizes of decodes that get a graph of their own.
 
     Up to 64 rows kernels compute whole powers of two anyway, and the weights, read once whatever the batch, take the
     time; above, a row that is not needed costs its arithmetic. Each graph is memory that the KV cache has not.

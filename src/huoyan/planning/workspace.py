@@ -191,9 +191,10 @@ def _whole_pictures(config: ModelConfig, way: Way, limits: Limits, in_pass: int,
 
 
 def _kept(config: ModelConfig, way: Way, limits: Limits) -> int:
-    """Gathered keys and values of the plain attention (`engine.attention.Workspace`)."""
+    """Gathered keys and values of the plain attention (`engine.attention.Workspace`); with kernels the dense part of
+    an int4 matrix."""
     if way.kernels:
-        return 0
+        return _scratch(config, way) if way.int4 == "words" else 0
     blocks = max(_blocks(limits), GATHER_TOKENS // limits.block_size)
     values = blocks * limits.block_size * _widths(config)[1]
     # Keys and values; of 8 bits also as they are stored, with scales.
@@ -306,13 +307,22 @@ def _int4(way: Way, rows: int, out: int, width: int) -> int:
     if way.kernels and rows <= (FEW_ROWS if way.int4 == "words" else 16):
         # Sums of programs that share the inputs; a gate's are not parted.
         parts = PARTS if rows <= 16 else 7 if rows <= 64 else 4
-        return parts * rows * out * 4 if out < 2 * width else 0
-    if way.int4 in (None, "cpu"):
+        return (parts if out < 2 * width else 2 if rows <= 16 else 0) * rows * out * 4
+    if way.int4 in (None, "cpu") or (way.kernels and way.int4 == "words"):
         return 0
     part = dense_rows(out, width, way.kernels)
     # From bytes: nibbles apart and together, less their zero points, times their scales.
-    each = e if way.int4 == "words" else max(2, 1 + 2 * e)
+    each = max(2, 1 + 2 * e)
     return part * (width * each + (0 if way.cuda else rows * e))
+
+
+def _scratch(config: ModelConfig, way: Way) -> int:
+    """The largest part of a decoder's int4 matrix that is dense (`huoyan.layers.int4`)."""
+    text = config.text
+    H, I = text.hidden_size, text.intermediate_size
+    A, K = _widths(config)
+    shapes = ((A + 2 * K, H), (H, A), (2 * I, H), (H, I))
+    return max(dense_rows(out, width, True) * width for out, width in shapes) * way.itemsize
 
 
 def _flash(way: Way, head_dim: int) -> int:

@@ -1,0 +1,57 @@
+"""The trainer's Triton kernels against what they stand for, forwards and backwards, in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+_SCRIPT = """
+import torch
+from huoyan.layers.fused import silu_mul as plain_silu_mul
+from huoyan.layers.rope import RotaryTable, apply_rope
+from tiny_trainer.fused_steps import silu_mul, split_rotated
+
+torch.manual_seed({seed})
+for heads, kv_heads, head_dim in ((4, 2, 64), (2, 1, 16)):
+    rows = 5
+    qkv = torch.randn(rows, (heads + 2 * kv_heads) * head_dim, requires_grad=True)
+    cos, sin = RotaryTable(head_dim, 1e6, 1000).lookup(torch.randint(0, 1000, (rows,)))
+    by_head = qkv.unflatten(-1, (-1, head_dim))
+    rotated = apply_rope(by_head[:, : heads + kv_heads], cos, sin)
+    expected = (*rotated.split((heads, kv_heads), dim=1), by_head[:, heads + kv_heads :])
+    found = split_rotated(qkv, cos, sin, heads, kv_heads)
+    weights = [torch.randn_like(e) for e in expected]
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    wanted, given = (
+        torch.autograd.grad(sum((x * w).sum() for x, w in zip(out, weights)), qkv)[0] for out in (expected, found)
+    )
+    torch.testing.assert_close(given, wanted)
+for width in (48, 768):
+    gate_up = (3 * torch.randn(4, 2 * width)).requires_grad_()
+    weight = torch.randn(4, width)
+    torch.testing.assert_close(silu_mul(gate_up), plain_silu_mul(gate_up))
+    wanted, given = (
+        torch.autograd.grad((f(gate_up) * weight).sum(), gate_up)[0] for f in (plain_silu_mul, silu_mul)
+    )
+    torch.testing.assert_close(given, wanted)
+print("equal")
+"""
+
+
+def test_kernels_compute_what_they_stand_for(seed: int) -> None:
+    root = Path(__file__).parents[2]
+    path = os.pathsep.join(str(root / name) for name in ("src", "training"))
+    # The interpreter is chosen when Triton is imported.
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
+    done = subprocess.run(
+        [sys.executable, "-c", _SCRIPT.format(seed=seed)],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout.strip() == "equal", done.stderr[-2000:]

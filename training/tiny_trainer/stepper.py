@@ -1,0 +1,155 @@
+"""One training step after the other, as one CUDA graph where that works."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tiny_trainer.fixed import FixedBatch, Shape
+from tiny_trainer.losses import PLAIN, Way
+from tiny_trainer.optimizer import RATES
+from tiny_trainer.pool import Pool
+from tiny_trainer.trainer import Trainer
+
+WAYS = (
+    Way(packed=True, fused=True, graphed=True),
+    Way(packed=True, graphed=True),
+    Way(fused=True, graphed=True),
+    Way(graphed=True),
+    Way(packed=True, fused=True),
+    Way(packed=True),
+)
+"""On CUDA, best first; after them the plain way, which every device has."""
+_STAGES = 4
+_AHEAD = 2
+
+
+class Stepper:
+    """Owns a step's inputs on the device, and the host's memory they are sent from.
+
+    `stage()` gives the memory for the next batch, `step` learns from it. The host stays at most two steps ahead of the
+    device, so that the clock tells the truth and no memory is written that is still being sent.
+    """
+
+    def __init__(self, trainer: Trainer, pool: Pool, shape: Shape, log: Callable[[str], None]) -> None:
+        self.trainer, self.pool, self.shape, self.log = trainer, pool, shape, log
+        device = trainer.device
+        self.cuda = device.type == "cuda"
+        self.way = PLAIN
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.count = 0
+        total = shape.numbers + len(RATES) + 1
+        self.stages = [torch.zeros(total, dtype=torch.int32, pin_memory=self.cuda) for _ in range(_STAGES)]
+        self.inputs = torch.zeros(total, dtype=torch.int32, device=device)
+        self.batch = FixedBatch.of(self.inputs[: shape.numbers], shape)
+        self.rates: Tensor = self.inputs[shape.numbers :].view(torch.float32)
+        self._running: list[torch.cuda.Event] = []
+
+    def stage(self) -> NDArray[np.int32]:
+        """Memory for the next batch, [shape.numbers]."""
+        return self.stages[self.count % _STAGES].numpy()[: self.shape.numbers]
+
+    def step(self, *, scale: float, auxiliary: float) -> None:
+        """Learn from what `stage` was filled with, at `scale` times the learning rates."""
+        self._send(scale, auxiliary)
+        self.count += 1
+        if self.graph is not None:
+            self.graph.replay()
+        else:
+            self._learn()
+        if self.cuda:
+            event = torch.cuda.Event()
+            event.record()
+            self._running.append(event)
+            if len(self._running) > _AHEAD:
+                self._running.pop(0).synchronize()
+
+    def _send(self, scale: float, auxiliary: float) -> None:
+        stage = self.stages[self.count % _STAGES]
+        rates = [*self.trainer.optimizer.rates(self.count + 1, scale), auxiliary]
+        stage[self.shape.numbers :].view(torch.float32).numpy()[:] = rates
+        self.inputs.copy_(stage, non_blocking=True)
+
+    def _learn(self) -> None:
+        self.trainer.learn(self.pool, self.shape, self.batch, self.rates, self.way)
+
+    def prepare(self) -> None:
+        """Find the fastest way that works here, on the batch that is staged; nothing is learned by it.
+
+        What fails, or differs from the plain way, is logged and left.
+        """
+        self.count = 0
+        self._send(scale=0.0, auxiliary=1.0)
+        expected: dict[str, float] = {}
+        try:
+            expected = self._run_once()
+        except Exception as error:
+            if not self.cuda:
+                raise
+            self.log(
+                f"a plain step fails here, nothing is compared: {type(error).__name__}: {str(error)[:300]!r}"
+            )
+        for way in WAYS if self.cuda else ():
+            self.way = way
+            try:
+                self.graph = self._capture() if way.graphed else None
+                self._check(expected)
+            except Exception as error:
+                self.log(f"a step ({way}) fails here: {type(error).__name__}: {str(error)[:300]!r}")
+                self.way, self.graph = PLAIN, None
+                torch.cuda.empty_cache()
+            else:
+                break
+        milliseconds = min(self._timed() for _ in range(3 if self.cuda else 1))
+        self.log(f"a step takes {milliseconds:.1f} ms ({self.way}); losses {self.trainer.read_log()[0]}")
+        self.trainer.optimizer.forget()
+
+    def _run_once(self) -> dict[str, float]:
+        if self.graph is not None:
+            self.graph.replay()
+        else:
+            self._learn()
+        return self.trainer.read_log()[0]
+
+    def _timed(self) -> float:
+        begin = time.monotonic()
+        if self.graph is not None:
+            self.graph.replay()
+        else:
+            self._learn()
+        if self.cuda:
+            torch.cuda.synchronize()
+        return 1000 * (time.monotonic() - begin)
+
+    def _check(self, expected: dict[str, float]) -> None:
+        self.trainer.read_log()
+        found = self._run_once()
+        if not all(math.isfinite(value) for value in found.values()):
+            raise RuntimeError(f"losses that are not numbers: {found}")
+        for name, value in expected.items():
+            # Rounded to 16 bits in other places; a mistake would be another number altogether.
+            if not abs(found[name] - value) <= 0.05 * abs(value) + 1e-3:
+                raise RuntimeError(f"{name} is {found[name]}, not {value}")
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        # Gradients are to be made on the stream of the capture, so the steps before it run there too.
+        torch.cuda.empty_cache()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self._learn()
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        for p in self.trainer.optimizer.parameters:
+            p.grad = None
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            self._learn()
+        return graph
