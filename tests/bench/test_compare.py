@@ -11,6 +11,7 @@ import pytest
 from huoyan.bench import compare
 from huoyan.bench.opened import opened
 from huoyan.bench.requests import Requests
+from huoyan.bench.seats import seats_for
 from huoyan.errors import CapacityError
 from tests.cli.conftest import Command, checkpoint, huoyan
 
@@ -80,6 +81,17 @@ def test_proofs_step_down_until_something_runs(checkpoint: Path, monkeypatch: py
         monkeypatch.setattr(compare, "_most_at_once", lambda loaded, llm, jobs: min(len(jobs), 9))
         batch = compare._batch(loaded, llm, Requests(0), 32)
         assert batch == compare.Most(32, 9, "the memory")
+
+
+def test_seats_are_what_the_memory_holds() -> None:
+    options: dict[str, Any] = {"gpu_memory": "300MiB", "device": "cpu", "max_model_len": 2048}
+    assert seats_for("small", 64, {**options, "max_num_seqs": 5})["max_num_seqs"] == 5
+    assert seats_for("small", 64, {"device": "cpu"})["max_num_seqs"] == 256, "nothing was told"
+    seats = seats_for("small", 64, options)["max_num_seqs"]
+    assert seats % 16 == 0
+    with opened("small", **options, max_num_seqs=seats) as loaded:
+        held = loaded.engine.size.num_blocks // 4
+        assert seats - 16 <= held <= seats
 
 
 def test_all_at_once_is_seen(checkpoint: Path) -> None:

@@ -32,6 +32,8 @@ agreement = script("full_size_agreement")
 rows = script("vs_vllm_rows")
 report = script("vs_vllm_report")
 vs_vllm = script("vs_vllm")
+recipe_table = script("recipe_table")
+plan_on_card = script("plan_on_card")
 LIKELY = 20
 STEPS = 12
 
@@ -196,6 +198,78 @@ def run(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         text=True,
         check=False,
     )
+
+
+def compared() -> dict[str, Any]:
+    asked = {
+        "input_tokens": 500,
+        "output_tokens": 64,
+        "seconds": 0.5,
+        "first_token_s": 0.05,
+        "text": "a plane",
+    }
+
+    def most(count: int) -> dict[str, Any]:
+        return {"asked": count, "proved": count, "limited_by": "the memory"}
+
+    def column(batch: int) -> dict[str, Any]:
+        small = {"kv_cache_dtype": "fp8", "batch": most(2 * batch), "kv_tokens": 1}
+        return {"beams": asked, "greedy": asked, "model_bytes": 1 << 34, "kv_tokens": 2048 * batch,
+                "longest": most(32768), "batch": most(batch), "small": small}  # fmt: skip
+
+    settings = {"batch_length": 2048, "beams": 3, "gpu_memory": "24GiB", "picture_size": [1344, 896]}
+    return {"device": "NVIDIA H200", "settings": settings, "models": [column(71), column(152)]}
+
+
+def test_the_recipe_s_table_goes_into_its_page(tmp_path: Path) -> None:
+    found, page = tmp_path / "compare.json", tmp_path / "page.md"
+    found.write_text(json.dumps(compared()))
+    page.write_text(f"# Speed\n\n{recipe_table.BEGIN}\nold\n{recipe_table.END}\n\nmore\n")
+    command = [
+        sys.executable,
+        str(REPOSITORY / "benchmarks" / "recipe_table.py"),
+        str(found),
+        "--write",
+        str(page),
+    ]
+    for _ in range(2):
+        subprocess.run(command, env=environment(), check=True)
+    text = page.read_text()
+    assert text.startswith("# Speed")
+    assert text.endswith(f"{recipe_table.END}\n\nmore\n")
+    assert "old" not in text
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in lines}) == 1
+    cells = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in lines}
+    assert cells["largest batch of 2048 tokens, run"][:4] == ["2", "52", "71", "152"]
+    assert 65 <= int(cells["largest batch of 2048 tokens, run"][4]) <= 75
+    assert cells["memory of the model"] == ["16 GB", "7 GB", "16.0 GiB", "16.0 GiB", "15.1 GiB", "6.2 GiB"]
+    # Weights once a step of beams: 14.1 GB at 1008 GB/s, 63 times, and a little more.
+    least = float(cells["time, 64 tokens (the recipe's are its own)"][4].split()[2])
+    assert 63 * 14.1 / 1008 < least < 1.3 * 64 * 14.1 / 1008
+
+
+def test_the_plan_beside_a_card_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    state = {"allocated": 1 << 34, "reserved": 1 << 34, "outside": 1 << 29, "most_allocated": 23 << 30}
+    state["most_reserved"] = 23 << 30
+    report = {
+        "format": "bf16", "kv_tokens": 1000, "kv_tokens_by_plan": 990, "max_model_len": 100, "max_num_seqs": 4,
+        "retries": 0, "loads": [{"load": "x", "error": "out of memory"}], "gpu_memory": 24 << 30,
+        "states": dict.fromkeys(("weights", "weights and KV cache", "in the end"), state),
+        "graphs": {"decode": {"count": 4, "torch": 40 << 20, "driver": 8 << 20}},
+        "moments": dict.fromkeys(plan_on_card.MOMENTS, 100 << 20), "most_outside": 1 << 29, "torch_limit": 23 << 30,
+        "said": {
+            **dict.fromkeys(plan_on_card.MOMENTS, 110 << 20), "weights": 15 << 30, "kv": 8 << 30, "between": 1 << 27,
+            "cublas": 1 << 26, "workspace": 1 << 28, "pictures": 1 << 26, "graphs": 48 << 20, "graphs_driver": 16 << 20,
+            "context": 1 << 29, "fixed": 16 << 30,
+        },
+    }  # fmt: skip
+    plan_on_card.show(report)
+    shown = capsys.readouterr().out
+    assert "FAILED: x: out of memory" in shown
+    assert "predicted 100.00%, taken 97.92%; the prediction is +2.13%" in shown
+    (each,) = [line for line in shown.splitlines() if "graphs, driver, each" in line]
+    assert each.split("|")[3].strip() == "2.0"
 
 
 def test_one_engine_that_fails_does_not_take_the_other(tmp_path: Path) -> None:

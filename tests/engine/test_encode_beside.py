@@ -60,7 +60,7 @@ class Stream:
         self.waits = self.beside = self.most_at_once = 0
         inner, forward = engine.runner.encoder.encode, engine.runner.forward
 
-        def encode(pictures: Sequence[PreparedPicture]) -> tuple[list[Tensor], Any]:
+        def encode(pictures: Sequence[PreparedPicture], beside: bool) -> tuple[list[Tensor], Any]:
             if any(p.key in bad for p in pictures):
                 raise ValueError("cannot encode this")
             played = Played(self, inner(pictures)[0])

@@ -89,6 +89,28 @@ def test_packed_patches_are_exactly_those_of_the_host(seed: int, device: torch.d
         at = rows.stop
 
 
+@torch.inference_mode()
+def test_small_passes_beside_decodes_give_what_large_ones_do(
+    seed: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = random.Random(seed)
+    model = model_on(device, seed)
+    monkeypatch.setattr(picture_encoder, "BESIDE_PASS", rng.randint(1, 12))
+    encoder = PictureEncoder(model, 32, on_device=True)
+    packer = encoder._packer
+    assert packer is not None
+    patches, grids, _ = packer.pack(pictures(rng, 5))
+    seen: list[int] = []
+    inner = model.encode_patches
+    model.encode_patches = lambda x, grids: seen.append(len(x)) or inner(x, grids)  # type: ignore
+    together = encoder._encode(patches, grids, aside=False)
+    assert seen == [len(patches)]
+    torch.testing.assert_close(encoder._encode(patches, grids, aside=True), together, rtol=2e-3, atol=2e-3)
+    assert sum(seen[1:]) == len(patches)
+    largest = max(rows * columns for rows, columns in grids)
+    assert max(seen[1:]) <= max(picture_encoder.BESIDE_PASS, largest)
+
+
 def _starts(grids: list[tuple[int, int]], wanted: tuple[int, int]) -> list[int]:
     ends = np.cumsum([0] + [rows * columns for rows, columns in grids]).tolist()
     return [start for start, grid in zip(ends, grids, strict=False) if grid == wanted]

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from huoyan.errors import ModelError
-from huoyan.layers import blocks
 from huoyan.layers.int8 import Int8Embedding, Int8Linear, Int8Weight, round_to_int8
 from huoyan.models.checkpoint import open_checkpoint
 from huoyan.models.minicpmv import MiniCPMV
 from huoyan.models.weights import load_model, published_state, write_shards
+from huoyan.planning import pieces
 from huoyan.planning.weights import weights
 from tests.models.small import small_model, write_checkpoint
 from tests.models.test_forward import causal
@@ -67,7 +67,7 @@ def test_linear(
     layer = Int8Linear(weight)
     assert all(t.element_size() == 1 or t.numel() == shape[0] for t in layer.state_dict().values())
     for block in (64 << 20, 7 * shape[1]):
-        monkeypatch.setattr(blocks, "DENSE_VALUES", block)
+        monkeypatch.setattr(pieces, "DENSE_VALUES", block)
         for rows in (1, 2, 3, 40):
             x = torch.randn(rows, shape[1], generator=g).to(dtype)
             expected = x.float() @ weight.dequantize().T

@@ -10,9 +10,10 @@ import pytest
 from huoyan.engine.config import EngineConfig
 from huoyan.errors import InputError
 from huoyan.planning.advice import what_fits
-from huoyan.planning.allocator import reserved_bytes
+from huoyan.planning.allocator import grows, reserved_bytes
 from huoyan.planning.budget import CardState, card_budget
-from huoyan.planning.memory import CUDA_CONTEXT, Memory, memory
+from huoyan.planning.graphs import graph_sizes
+from huoyan.planning.memory import CUDA_CONTEXT, GRAPH_DRIVER, Memory, graph_driver_bytes, memory
 from huoyan.planning.shapes import published_shapes
 from huoyan.planning.sizes import GIB, MIB, gib, parse_bytes
 from huoyan.planning.workspace import Way
@@ -42,6 +43,43 @@ def test_twenty_four_gib(int4: bool, seqs: int, tokens: int, sequences: int) -> 
     assert small.blocks_in(24 * GIB) > 1.8 * blocks
 
 
+@pytest.mark.parametrize(
+    "int4, seqs, tokens", [(False, 128, 142_000), (False, 256, 142_000), (True, 256, 306_500)]
+)
+def test_twenty_four_gib_with_kernels_and_graphs(int4: bool, seqs: int, tokens: int) -> None:
+    """Graphs and the encoder beside decodes leave what the plain way does, or nearly."""
+    kernels = replace(CUDA, kernels=True)
+    found = parts(int4, kernels, max_num_seqs=seqs)
+    assert found.graphs > 50 * MIB
+    assert found.workspace.beside > 50 * MIB
+    blocks = found.blocks_in(24 * GIB)
+    assert blocks * 16 >= tokens
+    assert blocks // (2048 // 16) >= (149 if int4 else 69)
+    for kv_dtype, times in (("int8", 1.85), ("fp8", 1.93)):
+        small = memory(
+            FULL, EngineConfig(max_num_seqs=seqs), kernels, SHAPES, int4=int4, kv_dtype=kv_dtype
+        ).blocks_in(24 * GIB)
+        assert times * blocks < small < 2 * blocks
+
+
+def test_a_graph_more_costs_what_the_driver_keeps_of_it() -> None:
+    kernels = replace(CUDA, kernels=True)
+    few, many = (parts(False, kernels, max_num_seqs=seqs) for seqs in (8, 64))
+    assert graph_sizes(64)[: len(graph_sizes(8))] == graph_sizes(8) == [1, 2, 4, 8]
+    more = graph_driver_bytes(kernels, many.limits) - graph_driver_bytes(kernels, few.limits)
+    assert more == 3 * GRAPH_DRIVER
+    assert more < many.graphs - few.graphs < more + 20 * MIB, "no logits are kept for any of them"
+
+
+@pytest.mark.parametrize("int4", [False, True])
+def test_the_largest_slice_has_the_memory_of_a_step_and_of_the_encoder_beside(int4: bool) -> None:
+    found = parts(int4, replace(CUDA, kernels=True), max_num_seqs=256)
+    space = found.workspace
+    assert found.limits.encoder_patches >= EngineConfig().max_slice_patches
+    both = space.beside + max(space.decoder, space.choice)
+    assert space.peak == max(space.encoder, both) < 1.1 * both
+
+
 def test_smaller_cards() -> None:
     assert parts(False).blocks_in(12 * GIB) == 0
     assert parts(True).blocks_in(12 * GIB) * 16 >= 32768, "a full context in 12 GiB"
@@ -60,7 +98,7 @@ def test_more_of_a_step_takes_more(seed: int) -> None:
     low = parts(
         rng.random() < 0.5, max_num_seqs=rng.randint(1, 64), max_num_batched_tokens=rng.randint(64, 2048)
     )
-    for name, factor in (("max_num_batched_tokens", 8), ("max_num_seqs", 8)):
+    for name, factor in (("max_num_batched_tokens", 8), ("max_num_seqs", 16)):
         sizes = {"max_num_seqs": 64, "max_num_batched_tokens": 2048}
         sizes[name] *= factor
         assert parts(low.weights.int4, **sizes).workspace.total > low.workspace.total  # type: ignore[arg-type]
@@ -127,6 +165,19 @@ def test_allocator_hands_out_whole_segments(seed: int) -> None:
     rng = random.Random(seed)
     sizes = [rng.randint(1, 30 * MIB) for _ in range(100)]
     assert sum(sizes) <= reserved_bytes(sizes) <= 1.3 * sum(sizes) + 22 * MIB
+
+
+def test_segments_that_grow_waste_the_end_alone(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(seed)
+    sizes = [rng.randint(1, 30 * MIB) for _ in range(100)]
+    assert sum(sizes) <= reserved_bytes(sizes, growing=True) < sum(sizes) + 22 * MIB + 512 * len(sizes)
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    for said, expected in ((None, True), ("expandable_segments:True", True), ("max_split_size_mb:64", False)):
+        if said is None:
+            monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+        else:
+            monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", said)
+        assert grows() == expected
 
 
 def test_amounts() -> None:

@@ -191,6 +191,7 @@ def test_torch_is_told_where_to_stop(seed: int, monkeypatch: pytest.MonkeyPatch)
     rng = random.Random(seed)
     total = rng.randint(8, 141) << 30
     said: list[float] = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (total // 2, total))
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda part, device: said.append(part))
     limit_torch(total // 4, torch.device("cuda"))
@@ -198,6 +199,22 @@ def test_torch_is_told_where_to_stop(seed: int, monkeypatch: pytest.MonkeyPatch)
     limit_torch(None, torch.device("cuda"))
     limit_torch(1, torch.device("cpu"))
     assert said == [pytest.approx(0.25), 1.0, 1.0]
+
+
+def test_segments_grow_on_cuda_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huoyan.engine.segments import let_segments_grow
+
+    said: list[str] = []
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", said.append)
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    let_segments_grow(torch.device("cpu"))
+    assert not said
+    let_segments_grow(torch.device("cuda"))
+    assert said == ["expandable_segments:True"]
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:False")
+    let_segments_grow(torch.device("cuda"))
+    assert len(said) == 1, "somebody has said otherwise"
 
 
 def test_heads_that_share_a_key_head_can_stand_as_queries(seed: int) -> None:

@@ -30,7 +30,7 @@ def watched(engine: Engine, run: Callable[[], Any]) -> tuple[Any, Peaks]:
     """Run, and say what it took."""
     _mark(engine.runner, "encode", "encoder")
     _mark(engine.model, "decoder", "decoder")
-    _mark(engine.model, "logits", "logits")
+    _mark(engine.model, "head", "logits")
     _mark(engine._chooser, "choose", "choice")
     _mark(engine, "_read_prompts", "prompt_logprobs")
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:

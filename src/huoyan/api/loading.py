@@ -6,7 +6,6 @@ import contextlib
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     from huoyan.api.frontend import CheckpointFrontend
     from huoyan.api.options import EngineOptions
     from huoyan.backends.base import Backend
+    from huoyan.engine.config import EngineConfig
 
 Progress = Callable[[int, int], None]
 
@@ -85,37 +85,44 @@ def _open_backend(
     return _open_native(folder, frontend, options)
 
 
-def _open_native(folder: Path, frontend: CheckpointFrontend, options: EngineOptions) -> Backend:
-    import torch
-
+def engine_config(folder: Path, options: EngineOptions, **changes: Any) -> EngineConfig:
+    """What the native engine is asked for, for the model in `folder`; `changes` override fields of it."""
     from huoyan.engine.config import EngineConfig
-    from huoyan.engine.engine import Engine
-    from huoyan.engine.sizing import check_before_loading, limit_torch
     from huoyan.engine.speculation import NgramSpeculation
     from huoyan.media.slicing import MAX_SLICE_GROWTH, read_slice_rules
-    from huoyan.models.checkpoint import open_checkpoint
-    from huoyan.models.weights import load_model
 
-    device = pick_device(options.device)
-    dummy = options.load_format == "dummy"
-    checkpoint = open_checkpoint(folder, need_weights=not dummy)
+    rules = read_slice_rules(folder)
     sizes: dict[str, Any] = {
         "max_model_len": options.max_model_len,
         "gpu_memory_utilization": options.gpu_memory_utilization,
         "gpu_memory": options.gpu_memory_bytes,
         "max_num_seqs": options.max_num_seqs,
         "max_num_batched_tokens": options.max_num_batched_tokens,
+        "max_slice_patches": MAX_SLICE_GROWTH * (rules.scale_resolution // rules.patch_size) ** 2,
         "enable_prefix_caching": options.enable_prefix_caching,
         "enforce_eager": options.enforce_eager,
         "kv_cache_dtype": options.kv_cache_dtype,
         "speculation": NgramSpeculation.parse(options.speculative_config),
         "seed": options.seed,
-    }
-    config = EngineConfig(**{name: value for name, value in sizes.items() if value is not None})
-    rules = read_slice_rules(folder)
-    patches = MAX_SLICE_GROWTH * (rules.scale_resolution // rules.patch_size) ** 2
-    config = replace(config, max_slice_patches=patches)
+    } | changes
+    return EngineConfig(**{name: value for name, value in sizes.items() if value is not None})
+
+
+def _open_native(folder: Path, frontend: CheckpointFrontend, options: EngineOptions) -> Backend:
+    import torch
+
+    from huoyan.engine.engine import Engine
+    from huoyan.engine.segments import let_segments_grow
+    from huoyan.engine.sizing import check_before_loading, limit_torch
+    from huoyan.models.checkpoint import open_checkpoint
+    from huoyan.models.weights import load_model
+
+    device = pick_device(options.device)
+    dummy = options.load_format == "dummy"
+    checkpoint = open_checkpoint(folder, need_weights=not dummy)
+    config = engine_config(folder, options)
     tokenizer = frontend.tokenizer
+    let_segments_grow(torch.device(device))
     check_before_loading(config, checkpoint, torch.device(device), options.dtype, dummy=dummy)
     try:
         with _loading_bar(checkpoint.nbytes, options.model) as progress:

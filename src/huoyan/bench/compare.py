@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +20,7 @@ from huoyan.api.sampling_params import SamplingParams
 from huoyan.bench.opened import Opened, opened
 from huoyan.bench.requests import Requests, params
 from huoyan.bench.rows import columns, median, readable
+from huoyan.bench.seats import seats_for
 from huoyan.engine.sizing import tensor_bytes
 from huoyan.errors import CapacityError, HuoyanError
 from huoyan.planning.sizes import gib
@@ -64,6 +65,15 @@ class Most:
 
 
 @dataclass(frozen=True)
+class Small:
+    """The same with a KV cache of 8 bits."""
+
+    kv_cache_dtype: str
+    batch: Most
+    kv_tokens: int
+
+
+@dataclass(frozen=True)
 class Column:
     """One model's cells."""
 
@@ -77,6 +87,9 @@ class Column:
     """What torch's allocator had reserved at most at the end; None on a CPU."""
     longest: Most
     batch: Most
+    kv_tokens: int = 0
+    """That the cache holds."""
+    small: Small | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -95,13 +108,19 @@ class Question:
 
 
 def compare(
-    models: Sequence[str], question: Question, note: Callable[[str], None], **options: Any
+    models: Sequence[str],
+    question: Question,
+    note: Callable[[str], None],
+    small_kv: str | None = None,
+    **options: Any,
 ) -> Iterator[Column]:
     """Load, measure and close each model in its turn.
 
     Args:
         note: told what is being measured.
-        options: of `LLM`; `gpu_memory` is the cap inside of which all of it happens.
+        small_kv: an 8-bit KV cache, with which the largest batch is run as well.
+        options: of `LLM`; `gpu_memory` is the cap inside of which all of it happens. `max_num_seqs` None is as many
+            as the cap holds of the batch's sequences.
 
     Raises:
         HuoyanError: a model cannot be opened, or the question cannot be answered.
@@ -109,8 +128,16 @@ def compare(
     for model in models:
         before = _allocated()
         # What one cell has computed must not help the next.
-        with opened(model, enable_prefix_caching=False, **options) as loaded:
-            yield _column(loaded, question, note, before)
+        own = {**options, "enable_prefix_caching": False}
+        with opened(model, **seats_for(model, question.batch_length, own)) as loaded:
+            column = _column(loaded, question, note, before)
+        if small_kv is not None:
+            own["kv_cache_dtype"] = small_kv
+            with opened(model, **seats_for(model, question.batch_length, own)) as loaded:
+                note(f"{loaded.name}: the largest batch with a KV cache in {small_kv}")
+                batch = _batch(loaded, loaded.llm(), Requests(question.seed), question.batch_length)
+                column = replace(column, small=Small(small_kv, batch, _kv_tokens(loaded)))
+        yield column
 
 
 def _column(loaded: Opened, question: Question, note: Callable[[str], None], before: int) -> Column:
@@ -131,7 +158,11 @@ def _column(loaded: Opened, question: Question, note: Callable[[str], None], bef
     note(f"{loaded.name}: the largest batch")
     batch = _batch(loaded, llm, requests, question.batch_length)
     peak = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
-    return Column(loaded.name, beams, greedy, model_bytes, source, peak, longest, batch)
+    return Column(loaded.name, beams, greedy, model_bytes, source, peak, longest, batch, _kv_tokens(loaded))
+
+
+def _kv_tokens(loaded: Opened) -> int:
+    return loaded.engine.size.num_blocks * loaded.engine.config.block_size
 
 
 def _allocated() -> int:
@@ -250,9 +281,14 @@ def cells(found: Sequence[Column], question: Question) -> list[list[str]]:
     rows.append(["memory of the model", *(gib(column.model_bytes) for column in found)])
     if all(column.peak_bytes is not None for column in found):
         rows.append(["most memory reserved", *(gib(column.peak_bytes or 0) for column in found)])
+    rows.append(["tokens of the KV cache", *(f"{column.kv_tokens:,}" for column in found)])
     rows.append(["longest context, run", *(_most(column.longest) for column in found)])
     length = question.batch_length
     rows.append([f"largest batch of {length} tokens, run", *(_most(column.batch) for column in found)])
+    kinds = [column.small for column in found if column.small is not None]
+    if len(kinds) == len(found):
+        name = f"the same with the KV cache in {kinds[0].kv_cache_dtype}"
+        rows.append([name, *(_most(small.batch) for small in kinds)])
     return rows
 
 

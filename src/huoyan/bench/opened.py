@@ -145,6 +145,8 @@ def _probe(folder: Path, load_format: str, options: dict[str, Any]) -> Probe:
     token = costs.decode_step(checkpoint.config, [1], costs.WeightFormat(dtype.itemsize, group))
     found = probe(device, dtype, int(token.bytes))
     if device.type == "cuda":
+        # A workspace of cuBLAS's that the engine, on a stream of its own, would not use.
+        torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     return found

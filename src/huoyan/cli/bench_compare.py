@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from huoyan.cli.bench_options import JsonFileOption, LoadFormatOption, MaxNumSeqsOption, SeedOption
+from huoyan.cli.bench_options import JsonFileOption, LoadFormatOption, SeedOption
 from huoyan.cli.options import (
     DeviceOption,
     DtypeOption,
@@ -40,7 +40,23 @@ def compare(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     max_model_len: MaxModelLenOption = None,
-    max_num_seqs: MaxNumSeqsOption = 256,
+    max_num_seqs: Annotated[
+        int | None,
+        typer.Option(
+            "--max-num-seqs",
+            min=1,
+            show_default=False,
+            help="Sequences of one step at most; default: what the memory holds of --batch-length.",
+        ),
+    ] = None,
+    small_kv: Annotated[
+        str | None,
+        typer.Option(
+            "--small-kv",
+            metavar="DTYPE",
+            help="Run the largest batch with this 8-bit KV cache too: int8, fp8.",
+        ),
+    ] = None,
     gpu_memory: GpuMemoryOption = None,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Times the question is asked.")] = 3,
     seed: SeedOption = 0,
@@ -71,7 +87,7 @@ def compare(
         "load_format": load_format, "hub": hub, "revision": revision, "device": device, "dtype": dtype,
         "max_model_len": max_model_len, "max_num_seqs": max_num_seqs, "gpu_memory": gpu_memory, "seed": seed,
     }  # fmt: skip
-    found = list(run((model_a, model_b), question, dim, **options))
+    found = list(run((model_a, model_b), question, dim, small_kv, **options))
     print(markdown_table(found, question) if markdown else text_table(found, question))
     on_cuda = found[0].peak_bytes is not None
     where = torch.cuda.get_device_name() if on_cuda else f"a CPU, {torch.get_num_threads()} threads"
@@ -80,8 +96,10 @@ def compare(
     if json_file is not None:
         from huoyan.bench.text_files import write_json
 
-        settings = {**options, "picture": str(file), "beams": beams, "max_tokens": max_tokens,
-                    "batch_length": batch_length, "repeats": repeats}  # fmt: skip
+        height, width = question.picture.pixels.shape[:2]
+        settings = {**options, "picture": str(file), "picture_size": (width, height), "beams": beams,
+                    "max_tokens": max_tokens, "batch_length": batch_length, "repeats": repeats,
+                    "small_kv": small_kv}  # fmt: skip
         columns = [column.to_dict() for column in found]
         write_json(json_file, {"device": where, "settings": settings, "models": columns})
     if plot is not None:

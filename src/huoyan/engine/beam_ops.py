@@ -22,7 +22,7 @@ class BeamOps:
     def advance(
         self, logits: Tensor, orders: SearchOrders, before: Tensor | None, count: int
     ) -> tuple[Tensor, Tensor]:
-        """Choose from the logits, float32 [rows, vocab], with `count` candidates a beam.
+        """Choose from the logits, [rows, vocab] of any float dtype, with `count` candidates a beam.
 
         Returns:
             what was found (`room_for_found`) and the state after it (`huoyan.layers.beam_step.advance`).
@@ -34,7 +34,7 @@ class BeamOps:
         # As many rows at once as the plan has memory for.
         step = max(CHOICE_LOGITS // logits.shape[1], 1)
         for first in range(0, len(rows), step):
-            values, ids = top_candidates(logits[rows[first : first + step]], count)
+            values, ids = top_candidates(logits[rows[first : first + step]].float(), count)
             into[first : first + step, :count] = ids
             into[first : first + step, count:] = values.contiguous().view(torch.int32)
         return found, advance(orders, found, before)

@@ -116,7 +116,7 @@ class Chooser:
         Call it when the step counts as launched, before the host learns its tokens.
 
         Args:
-            logits: float32 [R, vocab].
+            logits: [R, vocab] of any float dtype; what is chosen from is float32, a piece of the rows at a time.
             rows: for each group the rows of its sequences, in their order. The first step of several
                 samples has one row for all of them.
             before: the step whose tokens the host does not know yet, where there is one.
@@ -270,10 +270,10 @@ class Chooser:
 def _pieces(
     logits: Tensor, index: list[int], rows: list[SamplingRow]
 ) -> Iterator[tuple[Tensor, list[SamplingRow]]]:
-    """Rows `index` of the logits with what belongs to each, a piece at a time."""
+    """Rows `index` of the logits in float32 with what belongs to each, a piece at a time."""
     step = max(CHOICE_LOGITS // logits.shape[1], 1)
     for first in range(0, len(index), step):
-        yield _pick(logits, index[first : first + step]), rows[first : first + step]
+        yield _pick(logits, index[first : first + step]).float(), rows[first : first + step]
 
 
 def _pick(logits: Tensor, index: list[int]) -> Tensor:

@@ -1,8 +1,9 @@
-"""Decode steps as CUDA graphs: from token ids to logits without a launch from the host for each kernel.
+"""Decode steps as CUDA graphs: from token ids to hidden states without a launch from the host for each kernel.
 
 One graph for each of a few batch sizes, captured when it is needed for the third time: while requests come and go many
 sizes pass once, and a capture takes as long as some ten steps. Until then a larger graph that is there serves, its
-spare rows writing nowhere, or the step is launched kernel by kernel. Graphs share one memory pool.
+spare rows writing nowhere, or the step is launched kernel by kernel. Graphs share one memory pool. The head is launched
+behind them: its logits are by far the largest tensor of a step, and so take memory that its other moments use too.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from huoyan.engine.graph_stream import capture_stream
 from huoyan.kernels.paged_decode import paged_decode
 from huoyan.kernels.rope_cache import rope_cache
 from huoyan.planning.graphs import graph_sizes
@@ -42,8 +44,11 @@ class DecodeGraphs:
         self._max_blocks = -(-max_model_len // cache.block_size)
         self._pool = pool
         # One for all sizes: each graph's own would stay with it.
-        self._logits = torch.empty(
-            self._sizes[-1], model.config.text.vocab_size, dtype=torch.float32, device=cache.device
+        self._hidden = torch.empty(
+            self._sizes[-1], model.config.text.hidden_size, dtype=model.dtype, device=cache.device
+        )
+        self._inputs = torch.empty(
+            self._sizes[-1], 4 + self._max_blocks, dtype=torch.int32, device=cache.device
         )
         self._graphs: dict[int, _Graph] = {}
         self._wanted: dict[int, int] = {}
@@ -72,7 +77,7 @@ class DecodeGraphs:
     def run(
         self, batch: Batch, late: tuple[Tensor, Tensor] | None = None, moves: BeamMoves | None = None
     ) -> Tensor:
-        """float32 [decodes, vocab], a row for each of the batch's tokens; valid until the next run.
+        """[decodes, vocab] in the model's dtype (float32 for a few rows), a row for each of the batch's tokens.
 
         `late`: rows and ids, int64 [N] each, of tokens that only the device knows; `moves`: beams that only it knows.
         """
@@ -80,29 +85,29 @@ class DecodeGraphs:
         size = self._chosen_size(count)
         assert size is not None, "asked without `fits`"
         if size not in self._graphs:
-            graph = _Graph(self._model, self._cache, self._logits[:size], self._max_blocks)
+            graph = _Graph(self._model, self._cache, self._hidden[:size], self._inputs[:size])
             graph.capture(self._pool)
             self._pool = graph.pool
             self._graphs[size] = graph
-        return self._graphs[size].replay(batch, late, moves)[:count]
+        return self._model.head(self._graphs[size].replay(batch, late, moves)[:count])
 
 
 class _Graph:
-    """One captured batch size with its inputs, which stay where they are."""
+    """One captured batch size, whose inputs and states stay where they are."""
 
-    def __init__(self, model: MiniCPMV, cache: KVCache, logits: Tensor, max_blocks: int) -> None:
-        """`logits`: float32 [size, vocab], where a replay leaves them."""
+    def __init__(self, model: MiniCPMV, cache: KVCache, hidden: Tensor, inputs: Tensor) -> None:
+        """`hidden`: [size, hidden], where a replay leaves the states. `inputs`: int32 [size, 4 + blocks], one row a
+        sequence: token, position, slot, length, then its blocks."""
         self._model = model
         self._cache = cache
-        self._logits = logits
-        size = len(logits)
-        self._columns = 4 + max_blocks
-        # One row a sequence: token, position, slot, length, then its blocks. One copy fills them all.
-        host = torch.zeros(size, self._columns, dtype=torch.int32)
+        self._hidden = hidden
+        self._inputs = inputs
+        # One copy fills them all.
+        host = torch.zeros(inputs.shape, dtype=torch.int32)
         host[:, 2], host[:, 3] = -1, 1
         self._host = host.pin_memory()
         self._rows: NDArray[np.int32] = self._host.numpy()
-        self._inputs = self._host.to(cache.device)
+        self._inputs.copy_(self._host)
         self._graph = torch.cuda.CUDAGraph()
         self._copied = torch.cuda.Event()
 
@@ -112,12 +117,12 @@ class _Graph:
 
     def capture(self, pool: Any) -> None:
         """Run once to compile what is compiled on first use, then capture."""
-        stream = torch.cuda.Stream()
+        stream = capture_stream(self._cache.device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self._forward()
         torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(self._graph, pool=pool):
+        with torch.cuda.graph(self._graph, pool=pool, stream=stream):
             self._forward()
 
     def replay(
@@ -140,13 +145,13 @@ class _Graph:
             tokens, positions, slots = self._inputs[:, :3].unbind(1)
             moves.apply(tokens, positions, slots, self._inputs[:, 4:])
         self._graph.replay()
-        return self._logits
+        return self._hidden
 
     def _forward(self) -> None:
         tokens, positions = self._inputs[:, 0].long(), self._inputs[:, 1].long()
         attend = _GraphAttention(self._model, self._cache, self._inputs)
         x = self._model.embed(tokens)
-        self._logits.copy_(self._model.logits(self._model.decoder(x, positions, attend)))
+        self._hidden.copy_(self._model.decoder(x, positions, attend))
 
 
 class _GraphAttention:

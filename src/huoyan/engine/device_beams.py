@@ -146,7 +146,7 @@ class DeviceBeams:
         """Take a step that counts as launched.
 
         Args:
-            logits: float32 [R, vocab]
+            logits: [R, vocab], float32 or 16 bits
             rows: of each search the rows of its beams.
             before: the step that the host has not seen yet, if there is one.
         """

@@ -1,7 +1,8 @@
 """The encoder as CUDA graphs, for the slice grids that come again and again.
 
 A graph belongs to one sequence of grids. Small batches gain: launching a slice's kernels one by one takes the host
-longer than they take the device. Large ones keep the device busy anyway and would only hold memory.
+longer than they take the device. Large ones keep the device busy anyway and would only hold memory. What goes into a
+graph and comes out of it lies in the same place for all of them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from huoyan.models.siglip import PackedGrids
-from huoyan.planning.pieces import ENCODER_GRAPH_PATCHES, ENCODER_GRAPHS
+from huoyan.planning.pieces import ENCODER_GRAPH_PATCHES, ENCODER_GRAPH_SLICES, ENCODER_GRAPHS
 
 if TYPE_CHECKING:
     from huoyan.models.minicpmv import MiniCPMV
@@ -45,7 +46,7 @@ class EncoderGraphs:
 
     def run(self, patches: Tensor, grids: PackedGrids) -> Tensor | None:
         """The embeddings of normalised patches, valid until the next call; None where there is no graph for them."""
-        if patches.shape[0] > self._most_patches:
+        if patches.shape[0] > self._most_patches or len(grids) > ENCODER_GRAPH_SLICES:
             return None
         if grids not in self._graphs:
             self._graphs[grids] = None
@@ -78,24 +79,35 @@ class CudaCapture:
     def __init__(self, model: MiniCPMV) -> None:
         self._model = model
         self._pool: Any = None
+        config = model.config
+        self._patches = model.resampler.query.new_empty(
+            ENCODER_GRAPH_PATCHES, 3 * config.vision.patch_size**2
+        )
+        self._embeddings = model.resampler.query.new_empty(
+            ENCODER_GRAPH_SLICES, config.query_num, config.text.hidden_size
+        )
 
     def __call__(self, grids: PackedGrids) -> Captured:
-        graph = _Graph(self._model, grids, self._pool)
+        into, out = self._patches[: sum(grids.lengths)], self._embeddings[: len(grids)]
+        graph = _Graph(self._model, grids, into, out, self._pool)
         self._pool = graph.pool
         return graph
 
 
 class _Graph:
-    def __init__(self, model: MiniCPMV, grids: PackedGrids, pool: Any) -> None:
+    def __init__(
+        self, model: MiniCPMV, grids: PackedGrids, patches: Tensor, embeddings: Tensor, pool: Any
+    ) -> None:
+        """Replays read `patches` [P, pixels] and write `embeddings` [slices, query_num, hidden]."""
         # The graph reads what the grids keep on the device, and where they keep it.
         self._grids = grids
-        pixels = 3 * model.config.vision.patch_size**2
-        self._patches = torch.zeros(sum(grids.lengths), pixels, dtype=model.dtype, device=model.device)
+        self._patches = patches
+        self._embeddings = embeddings
         # Once without, to send and compile what is sent and compiled on first use.
-        model.encode_patches(self._patches, grids)
+        model.encode_patches(patches, grids)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, pool=pool, stream=torch.cuda.current_stream()):
-            self._embeddings = model.encode_patches(self._patches, grids)
+            embeddings.copy_(model.encode_patches(patches, grids))
 
     @property
     def pool(self) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from time import monotonic
 from typing import TYPE_CHECKING, cast
@@ -23,10 +24,12 @@ from huoyan.engine.prompt_lookup import Speculator
 from huoyan.engine.request import check_request
 from huoyan.engine.runner import ForwardOutput, Runner, has_fused_attention
 from huoyan.engine.scheduler import Scheduler
-from huoyan.engine.sizing import CacheSize, limit_torch, size_cache
+from huoyan.engine.sizing import CacheSize, limit_torch, size_cache, way_of_model
 from huoyan.engine.stats import EngineStats
 from huoyan.errors import HuoyanError, InputError
+from huoyan.layers.int4 import forget_scratches
 from huoyan.layers.linear import lay_out_for_cpu
+from huoyan.planning.graphs import captured_rows
 from huoyan.planning.memory import slice_bytes
 from huoyan.planning.pieces import PICTURE_SLICES
 
@@ -98,13 +101,17 @@ class Engine:
             self.config.kv_cache_dtype,
         )
         graphs = prefills = None
+        # Graphs are captured where steps run, and not on the default stream: so steps run on another.
+        self._stream: torch.cuda.Stream | None = None
         if has_fused_attention(model, cache.format.name) and not self.config.enforce_eager:
             from huoyan.engine.decode_graph import DecodeGraphs
             from huoyan.engine.prefill_graph import PrefillGraphs
 
             pool = torch.cuda.graph_pool_handle()
-            graphs = DecodeGraphs(model, cache, self.config.max_num_seqs, self.size.max_model_len, pool)
+            rows = captured_rows(self.config.max_num_seqs, way_of_model(model, self.config).int4)
+            graphs = DecodeGraphs(model, cache, rows, self.size.max_model_len, pool)
             prefills = PrefillGraphs(model, cache, pool)
+            self._stream = torch.cuda.Stream(model.device)
         fused = has_fused_attention(model, cache.format.name)
         self.run_ahead = fused if self.config.run_ahead is None else self.config.run_ahead
         # On a device without our kernels attention is planned on the host, which must know the beams' blocks.
@@ -121,6 +128,9 @@ class Engine:
             device_beams=self._device_beams,
         )
         self.scheduler.encodes_beside = self.runner.encoder.runs_beside
+        if self._stream is not None:
+            # Weights may still be on their way there.
+            self._stream.wait_stream(torch.cuda.current_stream(model.device))
         stops = frozenset(self._stop_token_ids) | (
             {eos_token_id} if eos_token_id is not None else frozenset()
         )
@@ -178,6 +188,10 @@ class Engine:
         Where the engine runs ahead, the step is launched before the tokens of the one before it are looked at,
         and its own outputs come with the next call.
         """
+        with torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
+            return self._step()
+
+    def _step(self) -> list[RequestOutput]:
         outputs, self._ended = self._ended, []
         before, self._in_flight = self._in_flight, None
         if before is not None and not self._may_run_ahead():
@@ -243,6 +257,7 @@ class Engine:
         self.pictures.clear()
         device = self.model.device
         del self.runner, self.model
+        forget_scratches(self._stream.cuda_stream if self._stream else 0)
         limit_torch(None, device)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -274,7 +289,7 @@ class Engine:
     # -- the parts of a step --------------------------------------------------------------------------------
 
     def _encode(self, schedule: Schedule, outputs: list[RequestOutput]) -> Schedule:
-        failed = self.runner.encode(schedule.pictures)
+        failed = self.runner.encode(schedule.pictures, beside=bool(schedule.decodes))
         if not failed:
             return schedule
         hit = {}

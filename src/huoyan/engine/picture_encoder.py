@@ -1,7 +1,8 @@
 """Prepared pictures to embeddings: one packed batch over all that a step asks for.
 
-On CUDA the originals are uploaded and everything else is done there: resize, cut, normalise, patches, encoder; on a
-stream of its own, so that decode steps go on meanwhile. Elsewhere the host has cut the slices and they are encoded.
+On CUDA the originals are uploaded and everything else is done there: resize, cut, normalise, patches, encoder; beside
+decodes on a stream of its own, so that they go on meanwhile, and in passes that take little memory beside theirs.
+Elsewhere the host has cut the slices and they are encoded.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from huoyan.layers.packed_attention import to_device
 from huoyan.media.originals import LARGEST
 from huoyan.models.patches import normalised_bytes
 from huoyan.models.siglip import PackedGrids
-from huoyan.planning.pieces import BESIDE_PATCHES
+from huoyan.planning.pieces import BESIDE_PASS, BESIDE_PATCHES, BESIDE_SLICES
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from huoyan.engine.encoder_graph import EncoderGraphs
-    from huoyan.kernels.picture_patches import Cut
+    from huoyan.kernels.picture_patches import Cut, ResizeTables
     from huoyan.media.types import PreparedPicture
     from huoyan.models.minicpmv import MiniCPMV
     from huoyan.models.patches import Grid
@@ -83,8 +84,9 @@ class PictureEncoder:
         on_device: bool | None = None,
         graphs: bool = False,
     ) -> None:
-        """`max_slices` of `max_patches` patches go through the encoder together at most (one slice may have more).
-        `on_device` overrides `resizes_on_device`; `graphs` captures small batches as CUDA graphs."""
+        """`max_slices` of `max_patches` patches go through the encoder together at most (one slice may have more);
+        beside decodes `BESIDE_PASS` patches. `on_device` overrides `resizes_on_device`; `graphs` captures small
+        batches as CUDA graphs."""
         self._model = model
         self._max_slices = max_slices
         self._max_patches = max_patches
@@ -95,12 +97,12 @@ class PictureEncoder:
             self._packer = _Packer(model)
             if model.device.type == "cuda":
                 self._stream = torch.cuda.Stream(model.device)
-                # Weights may still be on their way there.
-                self._stream.wait_stream(torch.cuda.current_stream(model.device))
                 if graphs:
                     from huoyan.engine.encoder_graph import CudaCapture, EncoderGraphs
 
                     self._graphs = EncoderGraphs(CudaCapture(model))
+                # Weights may still be on their way there.
+                self._stream.wait_stream(torch.cuda.current_stream(model.device))
 
     @property
     def takes_originals(self) -> bool:
@@ -112,15 +114,23 @@ class PictureEncoder:
         """Whether `encode` returns before it is done, and decode steps go on beside it."""
         return self._stream is not None
 
-    def encode(self, pictures: Sequence[PreparedPicture]) -> tuple[list[Tensor], Ready | None]:
+    def encode(
+        self, pictures: Sequence[PreparedPicture], beside: bool = True
+    ) -> tuple[list[Tensor], Ready | None]:
         """The embeddings [slices, query_num, hidden] of each picture, and what must be waited for before reading
-        them."""
-        if self._packer is None or self._patches(pictures) > self._most_together:
+        them. `beside`: whether there are decodes, which go on meanwhile; where there are none, larger passes take the
+        memory that a step would have."""
+        patches = [count for picture in pictures for count in self._counts(picture)]
+        if self._packer is None or sum(patches) > self._most_together:
             return self._encode_passes(pictures), None
-        with torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
-            patches, grids, back = self._packer.pack(pictures)
-            own = self._split(pictures, self._encode(patches, grids).index_select(0, back))
-            if self._stream is None:
+        if beside and max(patches) > BESIDE_PASS:
+            # A strip, for which there is only room where the step's memory is.
+            beside = False
+        stream = self._stream if beside or sum(patches) <= BESIDE_PASS else None
+        with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
+            packed, grids, back = self._packer.pack(pictures, aside=stream is not None)
+            own = self._split(pictures, self._encode(packed, grids, stream is not None).index_select(0, back))
+            if stream is None:
                 return own, None
             done = torch.cuda.Event()
             done.record()
@@ -135,7 +145,7 @@ class PictureEncoder:
         runs: list[list[PreparedPicture]] = []
         slices = patches = 0
         for picture in pictures:
-            own = self._patches([picture])
+            own = sum(self._counts(picture))
             if not runs or picture.num_slices > slices or own > patches:
                 runs.append([])
                 slices, patches = self._max_slices, self._most_together
@@ -146,12 +156,12 @@ class PictureEncoder:
 
     @property
     def _most_together(self) -> int:
-        """Patches of a call; beside decodes, where they take memory of their own, fewer."""
+        """Patches of a call; where the device resizes, its uploads and their patches stay to the end."""
         return self._max_patches if self._packer is None else min(self._max_patches, BESIDE_PATCHES)
 
-    def _patches(self, pictures: Sequence[PreparedPicture]) -> int:
-        side = self._model.config.vision.patch_size
-        return sum(sum(picture.patches(side)) for picture in pictures)
+    def _counts(self, picture: PreparedPicture) -> list[int]:
+        """Patches of each slice."""
+        return picture.patches(self._model.config.vision.patch_size)
 
     def _encode_passes(self, pictures: Sequence[PreparedPicture]) -> list[Tensor]:
         """Slices that the host has cut, in passes that fit the workspace; a pass may end inside a picture."""
@@ -172,27 +182,24 @@ class PictureEncoder:
     def passes(self, slices: Sequence[NDArray[np.uint8]]) -> list[tuple[int, int]]:
         """Runs (first, last) of as many slices, and patches, as are encoded at once."""
         side = self._model.config.vision.patch_size
-        runs: list[tuple[int, int]] = []
-        room = patches_left = 0
-        for i, piece in enumerate(slices):
-            patches = (piece.shape[0] // side) * (piece.shape[1] // side)
-            if not room or patches > patches_left:
-                runs.append((i, i))
-                room, patches_left = self._max_slices, self._max_patches
-            runs[-1] = (runs[-1][0], i + 1)
-            room -= 1
-            patches_left -= patches
-        return runs
+        counts = [(piece.shape[0] // side) * (piece.shape[1] // side) for piece in slices]
+        return _runs(counts, self._max_slices, self._max_patches)
 
-    def _encode(self, patches: Tensor, grids: list[Grid]) -> Tensor:
+    def _encode(self, patches: Tensor, grids: list[Grid], aside: bool) -> Tensor:
+        """In passes; `aside`: on the stream of its own, to which the graphs belong too."""
         parts = []
         at = 0
-        for first in range(0, len(grids), self._max_slices):
-            packed = PackedGrids(grids[first : first + self._max_slices])
+        graphs = self._graphs if aside else None
+        slices, most = self._max_slices, self._max_patches
+        if aside:
+            slices, most = min(slices, BESIDE_SLICES), min(most, BESIDE_PASS)
+        passes = _runs([rows * columns for rows, columns in grids], slices, most)
+        for first, last in passes:
+            packed = PackedGrids(grids[first:last])
             some = patches[at : at + sum(packed.lengths)]
             at += len(some)
-            captured = self._graphs.run(some, packed) if self._graphs is not None else None
-            if captured is not None and len(grids) > self._max_slices:
+            captured = graphs.run(some, packed) if graphs is not None else None
+            if captured is not None and len(passes) > 1:
                 # One part alone is copied before the next run anyway.
                 captured = captured.clone()
             parts.append(self._model.encode_patches(some, packed) if captured is None else captured)
@@ -214,10 +221,13 @@ class _Packer:
         self._device = model.device
         self._patch_size = model.config.vision.patch_size
         self._values = normalised_bytes(model.norm_mean, model.norm_std, model.dtype, model.device)
-        self._tables = ResizeTables(model.device)
+        # Each stream its own: what one was sent, another would have to wait for.
+        self._tables = {aside: ResizeTables(model.device, 64) for aside in (False, True)}
         self._staging = Staging(model.device, LARGEST)
 
-    def pack(self, pictures: Sequence[PreparedPicture]) -> tuple[Tensor, list[Grid], Tensor]:
+    def pack(
+        self, pictures: Sequence[PreparedPicture], aside: bool = False
+    ) -> tuple[Tensor, list[Grid], Tensor]:
         """Patches [P, 3 * patch_size**2] of all slices, those of equal grids side by side; the grids in that order;
         and where each slice of the pictures, in theirs, stands there: int32 [slices]."""
         uploads, grids = self._uploads(pictures)
@@ -243,7 +253,7 @@ class _Packer:
         where = iter(on_device[len(grids) :].split([len(some) for some in cells]))
         patches = self._values.new_empty(int(ends[-1]), 3 * self._patch_size**2)
         for batch in batches:
-            self._resize(batch, where, patches)
+            self._resize(batch, where, patches, self._tables[aside])
         return patches, [grids[i] for i in order], on_device[: len(grids)]
 
     def _uploads(self, pictures: Sequence[PreparedPicture]) -> tuple[list[_Upload], list[Grid]]:
@@ -273,19 +283,36 @@ class _Packer:
     def _grid(self, cut: Cut) -> Grid:
         return cut.cell[1] // self._patch_size, cut.cell[0] // self._patch_size
 
-    def _resize(self, batch: list[_Upload], where: Iterator[Tensor], patches: Tensor) -> None:
+    def _resize(
+        self, batch: list[_Upload], where: Iterator[Tensor], patches: Tensor, tables: ResizeTables
+    ) -> None:
         from huoyan.kernels.picture_patches import picture_patches
 
         sent = self._staging.upload([upload.pixels for upload in batch])
         pixels = sent.view(len(batch), *batch[0].pixels.shape)
         for cut, _ in batch[0].cuts:
-            picture_patches(pixels, cut, self._patch_size, self._values, next(where), patches, self._tables)
+            picture_patches(pixels, cut, self._patch_size, self._values, next(where), patches, tables)
 
 
 def _within(uploads: list[_Upload], most: int) -> list[list[_Upload]]:
     """Neighbours of one size together, at most `most` bytes unless one alone has more."""
     each = max(1, most // uploads[0].pixels.nbytes)
     return [uploads[i : i + each] for i in range(0, len(uploads), each)]
+
+
+def _runs(counts: Sequence[int], most_slices: int, most_patches: int) -> list[tuple[int, int]]:
+    """Neighbours (first, last) of at most so many slices and patches; one slice may have more. `counts`: patches of
+    each slice."""
+    runs: list[tuple[int, int]] = []
+    room = patches_left = 0
+    for i, patches in enumerate(counts):
+        if not room or patches > patches_left:
+            runs.append((i, i))
+            room, patches_left = most_slices, most_patches
+        runs[-1] = (runs[-1][0], i + 1)
+        room -= 1
+        patches_left -= patches
+    return runs
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

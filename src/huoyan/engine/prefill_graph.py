@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from huoyan.engine.graph_stream import capture_stream
 from huoyan.kernels.rope_cache import rope_cache
 from huoyan.layers.varlen_attention import varlen_attention
 from huoyan.planning.graphs import PREFILL_GRAPH_PROMPTS, PREFILL_GRAPH_TOKENS
@@ -38,6 +39,9 @@ class PrefillGraphs:
         self._graphs: dict[int, _Graph | None] = {}
         """None where a number was needed once."""
         self._gave_up = False
+        # One for all sizes: each graph's own would stay with it.
+        size = PREFILL_GRAPH_TOKENS[-1], model.config.text.hidden_size
+        self._x, self._hidden = torch.zeros((2, *size), dtype=model.dtype, device=cache.device)
 
     def run(self, batch: Batch, x: Tensor) -> Tensor | None:
         """The decoder's hidden states [T, hidden] of a step, valid until the next run; None where it is not captured.
@@ -53,7 +57,7 @@ class PrefillGraphs:
         graph = self._graphs[size]
         if graph is None:
             try:
-                graph = _Graph(self._model, self._cache, size)
+                graph = _Graph(self._model, self._cache, self._x[:size], self._hidden[:size])
                 graph.capture(self._pool)
             except RuntimeError as error:
                 # Memory above all. What was captured goes too: the pool may be what is missing.
@@ -78,13 +82,14 @@ class PrefillGraphs:
 
 
 class _Graph:
-    """One captured number of tokens with its inputs, which stay where they are."""
+    """One captured number of tokens, whose inputs and states stay where they are."""
 
-    def __init__(self, model: MiniCPMV, cache: KVCache, size: int) -> None:
+    def __init__(self, model: MiniCPMV, cache: KVCache, x: Tensor, hidden: Tensor) -> None:
+        """Replays read `x` [size, hidden] and leave the states in `hidden`."""
         self._model = model
-        self._size = size
+        self._x, self._hidden = x, hidden
+        self._size = size = len(x)
         device = cache.device
-        self._x = torch.zeros(size, model.config.text.hidden_size, dtype=model.dtype, device=device)
         # Positions, slots, and where each prompt begins. One copy fills them all.
         host = torch.zeros(2 * size + PREFILL_GRAPH_PROMPTS + 1, dtype=torch.int32)
         host[size : 2 * size] = -1
@@ -99,13 +104,13 @@ class _Graph:
 
     def capture(self, pool: Any) -> None:
         """Run once to compile what is compiled on first use, then capture."""
-        stream = torch.cuda.Stream()
+        stream = capture_stream(self._x.device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self._model.decoder(self._x, self._positions, self._attend)
         torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(self._graph, pool=pool):
-            self._hidden = self._model.decoder(self._x, self._positions, self._attend)
+        with torch.cuda.graph(self._graph, pool=pool, stream=stream):
+            self._hidden.copy_(self._model.decoder(self._x, self._positions, self._attend))
 
     def replay(self, batch: Batch, x: Tensor) -> Tensor:
         count, size, numbers = batch.num_tokens, self._size, self._numbers

@@ -39,7 +39,8 @@ class ForwardOutput:
     chunks: list[Chunk]
     """Those that sample, in the schedule's order."""
     logits: Tensor
-    """float32 [rows, vocab]: of each chunk after its last token, of one with drafts also before each of them."""
+    """[rows, vocab] in the model's dtype: of each chunk after its last token, of one with drafts also before each of
+    them."""
     prompt_hidden: list[tuple[Chunk, Tensor]] = field(default_factory=list)
     """Hidden states [chunk's tokens, hidden] of requests that want the prompt's log-probabilities."""
 
@@ -95,12 +96,13 @@ class Runner:
         """Copies on write so far."""
 
     @torch.inference_mode()
-    def encode(self, pictures: Sequence[PreparedPicture]) -> dict[bytes, Exception]:
-        """Encode pictures into the cache, several at once. Returns those that failed, by key."""
+    def encode(self, pictures: Sequence[PreparedPicture], beside: bool = True) -> dict[bytes, Exception]:
+        """Encode pictures into the cache, several at once; `beside` decodes, where there are any. Returns those that
+        failed, by key."""
         failed: dict[bytes, Exception] = {}
         for together in self.encoder.together(pictures):
             try:
-                self._encode(together)
+                self._encode(together, beside)
             except Exception as error:  # noqa: PERF203
                 if len(together) == 1:
                     failed[together[0].key] = error
@@ -108,7 +110,7 @@ class Runner:
                 # One bad picture must not take the others with it.
                 for picture in together:
                     try:
-                        self._encode([picture])
+                        self._encode([picture], beside)
                     except Exception as own_error:  # noqa: PERF203
                         failed[picture.key] = own_error
         for key in failed:
@@ -146,7 +148,7 @@ class Runner:
             attention = attention or self._attention(batch, token_ids)
             hidden = self.model.decoder(x, self._to_device(batch.positions), attention)
         rows = self._to_device(wanted)
-        out = ForwardOutput(batch.sampling, self.model.logits(hidden.index_select(0, rows)))
+        out = ForwardOutput(batch.sampling, self.model.head(hidden.index_select(0, rows)))
         for i in range(batch.num_decodes, len(batch.chunks)):
             group = batch.chunks[i].sequence.group
             if group.params.prompt_logprobs is not None and batch.chunks[i].start < group.prompt_len:
@@ -183,8 +185,8 @@ class Runner:
         table = self.model.llm.model.rotary.table(self.device)
         return CudaAttention(self.cache, batch, tensors, table, text.num_attention_heads, self.model.dtype)
 
-    def _encode(self, pictures: list[PreparedPicture]) -> None:
-        encoded, ready = self.encoder.encode(pictures)
+    def _encode(self, pictures: list[PreparedPicture], beside: bool) -> None:
+        encoded, ready = self.encoder.encode(pictures, beside)
         for picture, embeddings in zip(pictures, encoded, strict=True):
             self.pictures.put(picture.key, embeddings, ready)
 

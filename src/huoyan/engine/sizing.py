@@ -11,12 +11,17 @@ from huoyan.engine.kv_format import KV_CACHE_DTYPES, kv_bytes_per_token
 from huoyan.errors import CapacityError, InputError
 from huoyan.planning.advice import what_fits
 from huoyan.planning.budget import Budget, CardState, card_budget, host_budget
-from huoyan.planning.graphs import graph_sizes
-from huoyan.planning.memory import GRAPH_DRIVER, graph_bytes, limits_of, picture_bytes, slack_bytes, way_of
-from huoyan.planning.pieces import ENCODER_GRAPHS
+from huoyan.planning.memory import (
+    graph_bytes,
+    graph_driver_bytes,
+    limits_of,
+    picture_bytes,
+    slack_bytes,
+    way_of,
+)
 from huoyan.planning.shapes import published_shapes
 from huoyan.planning.sizes import GIB, MIB, gib
-from huoyan.planning.weights import table_bytes
+from huoyan.planning.weights import Weights, table_bytes
 from huoyan.planning.weights import weights as bytes_of_weights
 from huoyan.planning.workspace import Limits, Way, workspace
 
@@ -144,8 +149,8 @@ def beside_weights(config: EngineConfig, sizes: ModelConfig, way: Way, limits: L
     """(bytes of everything but weights, KV cache and context, how many of them the driver takes)."""
     space = workspace(sizes, way, limits)
     graphs = graph_bytes(sizes, config, way, limits)
-    driver = GRAPH_DRIVER * (len(graph_sizes(limits.seqs)) + ENCODER_GRAPHS) if graphs else 0
-    return space.total + picture_bytes(sizes, config, way) + graphs + slack_bytes(way, space), driver
+    beside = space.total + picture_bytes(sizes, config, way) + graphs + slack_bytes(way, space)
+    return beside, graph_driver_bytes(way, limits) if graphs else 0
 
 
 def _budget(config: EngineConfig, model: MiniCPMV, way: Way, limits: Limits) -> Budget | None:
@@ -186,30 +191,11 @@ def check_before_loading(
     Raises:
         CapacityError: they are too many for what the engine was told; the line says what would fit.
     """
-    from huoyan.engine.runner import fuses_attention
-    from huoyan.models.weights import resolve_dtype
-
     if device.type != "cuda" and config.gpu_memory is None:
         return
     sizes = checkpoint.config
-    wanted = resolve_dtype(dtype, checkpoint, device)
-    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-    awq = (sizes.quantization or {}).get("quant_method") == "awq"
-    found = bytes_of_weights(
-        sizes, shapes or published_shapes(sizes), wanted.itemsize, int4=True if dummy and awq else None
-    )
+    way, found = way_before_loading(config, checkpoint, device, dtype, dummy=dummy)
     weights = found.total
-    way = way_of(
-        Way(
-            itemsize=wanted.itemsize,
-            cuda=device.type == "cuda",
-            kernels=fuses_attention(
-                device, wanted, sizes.text.head_dim, KV_CACHE_DTYPES[config.kv_cache_dtype]
-            ),
-            kv8=config.kv_cache_dtype != "auto",
-        ),
-        found,
-    )
     beside, _ = beside_weights(config, sizes, way, limits_of(sizes, config, way))
     if device.type == "cuda":
         budget = card_budget(card_state(device), config.gpu_memory_utilization, config.gpu_memory, beside)
@@ -225,6 +211,26 @@ def check_before_loading(
     raise CapacityError(
         f"{gib(weights)} of weights and {gib(beside)} to work in do not fit ({budget.source}): {fits}"
     )
+
+
+def way_before_loading(
+    config: EngineConfig, checkpoint: Checkpoint, device: torch.device, dtype: str, *, dummy: bool = False
+) -> tuple[Way, Weights]:
+    """How a checkpoint's model will be computed, and its weights' bytes; `dummy`: weights are to be made up."""
+    from huoyan.engine.runner import fuses_attention
+    from huoyan.models.weights import resolve_dtype
+
+    sizes = checkpoint.config
+    wanted = resolve_dtype(dtype, checkpoint, device)
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    awq = (sizes.quantization or {}).get("quant_method") == "awq"
+    found = bytes_of_weights(
+        sizes, shapes or published_shapes(sizes), wanted.itemsize, int4=True if dummy and awq else None
+    )
+    kernels = fuses_attention(device, wanted, sizes.text.head_dim, KV_CACHE_DTYPES[config.kv_cache_dtype])
+    kv8 = config.kv_cache_dtype != "auto"
+    way = Way(itemsize=wanted.itemsize, cuda=device.type == "cuda", kernels=kernels, kv8=kv8)
+    return way_of(way, found), found
 
 
 def limit_torch(nbytes: int | None, device: torch.device) -> None:

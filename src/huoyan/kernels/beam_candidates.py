@@ -16,7 +16,7 @@ CHUNK = 4096
 
 def beam_candidates_reference(logits: Tensor, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """In plain PyTorch: log-probabilities and ids [G, K, count]; of rows of -1 they mean nothing."""
-    picked = logits[rows.clamp(min=0)]
+    picked = logits[rows.clamp(min=0)].float()
     values, ids = picked.sort(stable=True, descending=True)
     return (values[..., :count] - picked.logsumexp(-1, keepdim=True)), ids[..., :count]
 
@@ -45,7 +45,7 @@ def _chunk_kernel(
     if row >= 0:
         token = part * CHUNK + tl.arange(0, CHUNK)
         ok = token < vocab
-        x = tl.load(logits_ptr + row * logits_stride + token, mask=ok, other=float("-inf"))
+        x = tl.load(logits_ptr + row * logits_stride + token, mask=ok, other=float("-inf")).to(tl.float32)
         top = tl.max(x, axis=0)
         shift = tl.where(top > float("-inf"), top, 0.0)
         tl.store(tops_ptr + at, top)
@@ -89,7 +89,7 @@ def beam_candidates(logits: Tensor, rows: Tensor, found: Tensor, facts: int) -> 
     """Write the candidates of each beam to `found`.
 
     Args:
-        logits: float32 [R, vocab], each row contiguous.
+        logits: [R, vocab] of any float dtype, each row contiguous; computed in float32.
         rows: int64 [G, K], -1 where a beam has none: nothing is written for it.
         found: int32 [G, K, facts + 2 C], contiguous; C at most the vocabulary. Ids, likeliest first, go behind the
             facts, and behind them the bits of the float32 log-probabilities.

@@ -21,7 +21,7 @@ def silu_mul_reference(gate_up: Tensor, dtype: torch.dtype | None = None) -> Ten
 
 @triton.jit
 def _kernel(
-    gate_up_ptr, out_ptr, rows, width, PARTS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+    gate_up_ptr, out_ptr, rows, width, out_stride, PARTS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
 ):  # fmt: skip
     begin(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
@@ -35,19 +35,24 @@ def _kernel(
         gate += tl.load(at, mask=ok, other=0.0).to(tl.float32)
         up += tl.load(at + width, mask=ok, other=0.0).to(tl.float32)
     value = gate / (1.0 + tl.exp(-gate)) * up
-    tl.store(out_ptr + row * width + column, value.to(out_ptr.dtype.element_ty), mask=ok)
+    tl.store(out_ptr + row * out_stride + column, value.to(out_ptr.dtype.element_ty), mask=ok)
 
 
-def silu_mul(gate_up: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def silu_mul(gate_up: Tensor, dtype: torch.dtype | None = None, *, in_place: bool = False) -> Tensor:
     """[T, 2 width] contiguous -> [T, width], computed in float32; or float32 parts [S, T, 2 width], to be summed.
 
-    `dtype`: of the result, where it is not gate_up's.
+    `dtype`: of the result, where it is not gate_up's. `in_place`, of what has no parts: written over the gates, so that
+    the result is a view whose rows lie 2 width apart.
     """
     parts = gate_up.shape[0] if gate_up.dim() == 3 else 1
     rows, width = gate_up.shape[-2], gate_up.shape[-1] // 2
-    out = torch.empty((rows, width), dtype=dtype or gate_up.dtype, device=gate_up.device)
+    if in_place:
+        out = gate_up[:, :width]
+    else:
+        out = torch.empty((rows, width), dtype=dtype or gate_up.dtype, device=gate_up.device)
     overlap = gate_up.is_cuda and overlaps()
     _kernel[(rows, triton.cdiv(width, 1024))](
-        gate_up, out, rows, width, PARTS=parts, BLOCK=1024, OVERLAP=overlap, num_warps=4, **launch_options(overlap)
+        gate_up, out, rows, width, out.stride(0),
+        PARTS=parts, BLOCK=1024, OVERLAP=overlap, num_warps=4, **launch_options(overlap),
     )  # fmt: skip
     return out

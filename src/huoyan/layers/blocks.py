@@ -7,21 +7,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from huoyan.planning.pieces import DENSE_VALUES, DENSE_VALUES_CUDA
-
-_TILE = 128
+from huoyan.kernels import decode_kernels_enabled
+from huoyan.planning.pieces import dense_rows
 
 
 def linear_by_blocks(
     x: Tensor, width_out: int, dense: Callable[[int, int], Tensor], bias: Tensor | None = None
 ) -> Tensor:
     """x [T, in] times a matrix [width_out, in], of which `dense(start, stop)` gives some rows -> [T, width_out]."""
-    values = DENSE_VALUES_CUDA if x.is_cuda else DENSE_VALUES
-    pieces = -(-width_out * x.shape[1] // values)
-    if pieces <= 1:
+    rows = dense_rows(width_out, x.shape[1], x.is_cuda and decode_kernels_enabled())
+    if rows >= width_out:
         return nn.functional.linear(x, dense(0, width_out), bias)
-    # Pieces of about one size, in whole tiles of what multiplies them.
-    rows = -(-width_out // pieces // _TILE) * _TILE if width_out >= _TILE else width_out
     # Filled piece by piece: to join the pieces would take the product's memory twice.
     out = x.new_empty(x.shape[0], width_out)
     for start in range(0, width_out, rows):

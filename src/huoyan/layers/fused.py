@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from huoyan.layers.norm import RMSNorm
+from huoyan.planning.pieces import FEW_ROWS
 
 
 def add_norm(norm: RMSNorm, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -22,14 +23,17 @@ def add_norm(norm: RMSNorm, x: Tensor, residual: Tensor | None) -> tuple[Tensor,
 
 
 def silu_mul(gate_up: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """silu(gate) * up of the halves of [T, 2 width] -> [T, width].
+    """silu(gate) * up of the halves of [T, 2 width] -> [T, width]; `gate_up` may be used up.
 
     On CUDA gate_up may be float32 parts, [S, T, 2 width], whose sum is meant; `dtype` is then that of the result.
     """
     if _use_kernel(gate_up):
         from huoyan.kernels import silu_mul as kernel
 
-        return kernel.silu_mul(gate_up, dtype)
+        # Of a prompt these are a step's widest tensors, and its product takes rows wherever they are; the kernels of
+        # few rows want them side by side.
+        in_place = gate_up.dim() == 2 and len(gate_up) > FEW_ROWS and dtype in (None, gate_up.dtype)
+        return kernel.silu_mul(gate_up, dtype, in_place=in_place)
     gate, up = gate_up.chunk(2, dim=-1)
     return torch.nn.functional.silu(gate) * up
 

@@ -136,7 +136,7 @@ class Int4Linear(nn.Module):
             return kernel.int4_matmul(x.contiguous(), self.packed, self.meta, self.bias)
 
         def dense(start: int, stop: int) -> Tensor:
-            out = torch.empty(stop - start, self.width_in, dtype=x.dtype, device=x.device)
+            out = _scratch(stop - start, self.width_in, x)
             return kernel.dequantize(self.packed, self.meta, start, stop, out)
 
         return linear_by_blocks(x, self.width_out, dense, self.bias)
@@ -147,6 +147,29 @@ class Int4Linear(nn.Module):
         q = torch.stack((packed & 15, packed >> 4), dim=-1).view(stop - start, -1, self.group_size)
         weight: Tensor = (q - self.zeros[part].unsqueeze(-1)) * self.scales[part].unsqueeze(-1)
         return weight.flatten(1)
+
+
+_SCRATCHES: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
+
+
+def _scratch(rows: int, width: int, like: Tensor) -> Tensor:
+    """[rows, width] in the dtype and on the device of `like`, for a moment: every product of a stream writes there.
+
+    Kept, so that steps and the CUDA graphs of steps, whose memory is apart, have one between them. A graph is captured
+    after the same has been run without, so this is never made while one is.
+    """
+    stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
+    key = like.device, like.dtype, stream
+    found = _SCRATCHES.get(key)
+    if found is None or found.numel() < rows * width:
+        _SCRATCHES[key] = found = like.new_empty(rows * width)
+    return found[: rows * width].view(rows, width)
+
+
+def forget_scratches(stream: int) -> None:
+    """Give back those of a stream (its `cuda_stream`; 0 is the default one), whose graphs are not used any more."""
+    for key in [key for key in _SCRATCHES if key[2] == stream]:
+        del _SCRATCHES[key]
 
 
 def packing_for(weight: Int4Weight, device: torch.device, dtype: torch.dtype) -> str:

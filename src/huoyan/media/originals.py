@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING
 
 from huoyan.media.bicubic import bicubic_table
 from huoyan.media.types import PreparedPicture, SlicePlan
+from huoyan.planning.pieces import BESIDE_PIXELS
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
 MIB = 1 << 20
-LARGEST = 64 * MIB
-"""Bytes of one original at most, 22 million pixels; a larger one is resized on the host. It bounds an upload too."""
+LARGEST = BESIDE_PIXELS
+"""Bytes of one original at most, 14 million pixels; a larger one is resized on the host. It bounds an upload too."""
 EXCESS = 256 * MIB
 """Bytes that all waiting originals may take beyond what their slices would."""
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from huoyan.layers.linear import reads_few_rows
 from huoyan.layers.packed_attention import to_device
 from huoyan.models.config import ModelConfig
 from huoyan.models.patches import Grid, cut_patches, normalise
@@ -75,6 +76,14 @@ class MiniCPMV(nn.Module):
     def decoder(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """x [T, hidden] at positions [T] -> normed hidden states [T, hidden]."""
         out: Tensor = self.llm.model(x, positions, attend)
+        return out
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """[B, hidden] -> logits [B, vocab]: float32 where the kernel of few rows makes them so, else as wide as the
+        model's dtype."""
+        if reads_few_rows(hidden, self.config.text.hidden_size):
+            return self.logits(hidden)
+        out: Tensor = self.llm.lm_head(hidden)
         return out
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -2,11 +2,13 @@
 
 Sizes as in PyTorch's c10/cuda/CUDACachingAllocator.cpp: requests are rounded to 512 bytes; up to 1 MiB they share
 segments of 2 MiB, up to 10 MiB segments of 20 MiB, and larger ones get a segment of their own, rounded to 2 MiB.
-What is left of a segment serves later requests of its kind.
+What is left of a segment serves later requests of its kind. Segments that grow ("expandable_segments") have no ends
+inside: one for small and one for large requests, in steps of 2 and 20 MiB.
 """
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_left, insort
 from collections.abc import Iterable
 
@@ -14,27 +16,45 @@ from huoyan.planning.sizes import MIB
 
 _SMALL = MIB
 _OWN_SEGMENT = 10 * MIB
+_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""torch's own variables; what somebody has set there stays."""
+GROWING = "expandable_segments:True"
 
 
-def reserved_bytes(sizes: Iterable[int]) -> int:
+def grows() -> bool:
+    """Whether the engine lets segments grow: unless torch's variables say something."""
+    said = [os.environ[name] for name in _SETTINGS if os.environ.get(name)]
+    return not said or any(GROWING.lower() in text.lower() for text in said)
+
+
+def reserved_bytes(sizes: Iterable[int], *, growing: bool = False) -> int:
     """Bytes of all segments after tensors of `sizes` bytes were made in this order."""
+    if growing:
+        small = large = 0
+        for size in sizes:
+            wanted = -(-size // 512) * 512
+            if wanted <= _SMALL:
+                small += wanted
+            else:
+                large += wanted
+        return -(-small // (2 * MIB)) * 2 * MIB + -(-large // (20 * MIB)) * 20 * MIB
     free: dict[bool, list[int]] = {True: [], False: []}
     total = 0
     for size in sizes:
         if size <= 0:
             continue
         wanted = -(-size // 512) * 512
-        small = wanted <= _SMALL
-        rooms = free[small]
+        is_small = wanted <= _SMALL
+        rooms = free[is_small]
         at = bisect_left(rooms, wanted)
         if at < len(rooms):
             room = rooms.pop(at)
         else:
-            room = 2 * MIB if small else 20 * MIB
+            room = 2 * MIB if is_small else 20 * MIB
             if wanted >= _OWN_SEGMENT:
                 room = -(-wanted // (2 * MIB)) * 2 * MIB
             total += room
         left = room - wanted
-        if left >= 512 if small else left > _SMALL:
+        if left >= 512 if is_small else left > _SMALL:
             insort(rooms, left)
     return total

@@ -8,12 +8,25 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from huoyan.engine.kv_format import kv_bytes_per_token
-from huoyan.planning.allocator import reserved_bytes
-from huoyan.planning.graphs import graph_sizes
-from huoyan.planning.pieces import ENCODER_GRAPH_PATCHES, ENCODER_GRAPHS, PICTURE_SLICES
+from huoyan.planning.allocator import grows, reserved_bytes
+from huoyan.planning.graphs import PREFILL_GRAPH_TOKENS, captured_rows, graph_sizes
+from huoyan.planning.pieces import (
+    ENCODER_GRAPH_PATCHES,
+    ENCODER_GRAPH_SLICES,
+    ENCODER_GRAPHS,
+    PICTURE_SLICES,
+)
 from huoyan.planning.sizes import MIB
 from huoyan.planning.weights import INT4_GROUP, Weights, weights
-from huoyan.planning.workspace import Limits, Way, Workspace, encoder, with_encoder_passes, workspace
+from huoyan.planning.workspace import (
+    Limits,
+    Way,
+    Workspace,
+    captured,
+    encoder,
+    with_encoder_passes,
+    workspace,
+)
 
 if TYPE_CHECKING:
     from huoyan.engine.config import EngineConfig
@@ -24,7 +37,7 @@ CUDA_CONTEXT = 448 * MIB
 """The driver's context with the kernels that get loaded; outside of torch's books. An estimate for torch of CUDA 12
 and 13: a GPU of many processors takes some more, a small one less."""
 CUBLAS = 32 * MIB
-"""cuBLAS's workspace on Hopper, the largest."""
+"""cuBLAS's workspace on Hopper, the largest; it keeps one for every stream."""
 GRAPH_DRIVER = 4 * MIB
 """What the driver keeps of one captured decode step, an estimate."""
 FRAGMENTS = 16
@@ -87,7 +100,8 @@ def memory(
     pictures = picture_bytes(config, engine, way)
     rounding = 0
     if way.cuda:
-        rounding = reserved_bytes(_resident(config, shapes, way)) - sum(_resident(config, shapes, way))
+        resident = _resident(config, shapes, way)
+        rounding = reserved_bytes(resident, growing=grows()) - sum(resident)
     return Memory(
         weights=found,
         workspace=space,
@@ -135,27 +149,35 @@ def slice_bytes(config: ModelConfig, itemsize: int) -> int:
 
 
 def graph_bytes(config: ModelConfig, engine: EngineConfig, way: Way, limits: Limits) -> int:
-    """CUDA graphs of decode steps: their logits, the memory they share, and the driver's own."""
+    """CUDA graphs of decode steps and of the encoder: the memory that each kind shares, and the driver's own."""
     if not way.kernels or engine.enforce_eager:
         return 0
-    sizes = graph_sizes(limits.seqs)
-    rows = sizes[-1]
-    small = workspace(
-        config, way, replace(limits, tokens=rows, seqs=rows, encoder_patches=0, encoder_slices=0)
-    )
-    logits = 4 * rows * config.text.vocab_size
-    decodes = logits + max(small.decoder, small.logits) + GRAPH_DRIVER * len(sizes)
-    # Graphs of the encoder share their memory, save for the patches that each is given.
+    sizes = graph_sizes(captured_rows(limits.seqs, way.int4))
+    # Token, position, slot, length and blocks of every row.
+    inputs = 4 * (4 + -(-limits.context // limits.block_size)) * sizes[-1]
+    # Decodes and prompts share a pool, and each kind what goes in and comes out.
+    prompts = max(PREFILL_GRAPH_TOKENS, default=0)
+    shared = max(captured(config, way, limits, rows) for rows in (sizes[-1], prompts) if rows)
+    decodes = inputs + shared + 2 * prompts * config.text.hidden_size * way.itemsize
     patches = min(ENCODER_GRAPH_PATCHES, limits.encoder_patches)
-    pixels = config.vision.num_channels * config.vision.patch_size**2 * way.itemsize
-    slices = min(limits.encoder_slices, max(patches // 1024, 1))
-    each = patches * pixels + slices * slice_bytes(config, way.itemsize) + GRAPH_DRIVER
-    return decodes + encoder(config, way, patches, slices) + ENCODER_GRAPHS * each
+    encodes = encoder(config, way, patches, ENCODER_GRAPH_SLICES) + ENCODER_GRAPH_SLICES * slice_bytes(
+        config, way.itemsize
+    )
+    return decodes + encodes + graph_driver_bytes(way, limits)
+
+
+def graph_driver_bytes(way: Way, limits: Limits) -> int:
+    """What captured graphs take outside of torch's allocator."""
+    decodes = len(graph_sizes(captured_rows(limits.seqs, way.int4)))
+    return GRAPH_DRIVER * (decodes + len(PREFILL_GRAPH_TOKENS) + ENCODER_GRAPHS)
 
 
 def slack_bytes(way: Way, space: Workspace) -> int:
-    """Rounding of the allocator where tensors come and go, and cuBLAS's workspace; nothing on a CPU."""
-    return CUBLAS + space.total // FRAGMENTS if way.cuda else 0
+    """Rounding of the allocator where tensors come and go, and cuBLAS's workspaces; nothing on a CPU."""
+    if not way.cuda:
+        return 0
+    # The step's own stream, and the encoder's.
+    return (1 + way.kernels) * CUBLAS + space.total // FRAGMENTS
 
 
 def _resident(config: ModelConfig, shapes: Mapping[str, Shape], way: Way) -> list[int]:

@@ -8,11 +8,13 @@ DENSE_VALUES = 1 << 24
 """Values of an int4 matrix that are dequantized."""
 DENSE_VALUES_CUDA = 66 << 20
 """On a GPU, where few outputs leave processors idle: the published model's `down`, half of its `gate_up`."""
-PROMPT_LOGITS = 1 << 24
-"""Logits of a prompt's own tokens (64 MiB in float32)."""
+FEW_ROWS = 192
+"""Rows that our int4 kernels multiply without a dense matrix (`huoyan.kernels.int4_matmul.MAX_ROWS`)."""
+PROMPT_LOGITS = 1 << 23
+"""Logits of a prompt's own tokens (32 MiB in float32)."""
 CHOICE_LOGITS = 1 << 22
 """Logits that tokens are chosen from: filters and grammars take some thirty bytes for each."""
-SORTED_LOGITS = 1 << 21
+SORTED_LOGITS = 1 << 20
 """Logits that are sorted: some seventy bytes for each."""
 NOISE_LOGITS = 1 << 17
 """Logits that noise is made for: what stays in a core's cache."""
@@ -23,10 +25,29 @@ COPIED_BLOCKS = 16
 PICTURE_SLICES = 64
 """Slices that one picture may have even where the picture cache holds fewer."""
 BESIDE_PATCHES = 11 * 1024
-"""Patches that are encoded beside decodes: a picture of ten slices, in memory that the decodes do not share."""
-BESIDE_PIXELS = 64 << 20
+"""Patches that are resized and encoded in one go on CUDA: a picture of ten slices."""
+BESIDE_PASS = 4 * 1100
+"""Patches of a pass beside decodes, in memory that they do not share: enough to fill a device while the host launches
+the next ones."""
+BESIDE_SLICES = 8
+"""Slices of such a pass."""
+BESIDE_PIXELS = 40 << 20
 """Bytes of originals that are uploaded at once (`huoyan.media.originals.LARGEST`)."""
-ENCODER_GRAPHS = 16
+ENCODER_GRAPHS = 8
 """Sequences of slice grids that have a CUDA graph."""
-ENCODER_GRAPH_PATCHES = 4 * 1100
-"""Of a batch that is captured: some four slices of the published size."""
+ENCODER_GRAPH_PATCHES = 1100
+"""Of a batch that is captured: a slice of the published size. Two take a device as long as their launches the host."""
+ENCODER_GRAPH_SLICES = 4
+"""The same; slices of that size are one."""
+
+
+_TILE = 128
+
+
+def dense_rows(out: int, width: int, kernels: bool) -> int:
+    """Rows of a matrix [out, width] that are dense at a time; `kernels`: on CUDA, with our kernels on.
+
+    Pieces are of about one size, in whole tiles of what multiplies them.
+    """
+    pieces = -(-out * width // (DENSE_VALUES_CUDA if kernels else DENSE_VALUES))
+    return out if pieces <= 1 or out < _TILE else -(-out // pieces // _TILE) * _TILE

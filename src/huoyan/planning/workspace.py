@@ -12,16 +12,19 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from huoyan.planning.pieces import (
+    BESIDE_PASS,
     BESIDE_PATCHES,
     BESIDE_PIXELS,
+    BESIDE_SLICES,
     CHOICE_LOGITS,
-    DENSE_VALUES,
+    FEW_ROWS,
     GATHER_TOKENS,
     MASK_VALUES,
     NOISE_LOGITS,
     NOISE_LOGITS_CUDA,
     PROMPT_LOGITS,
     SORTED_LOGITS,
+    dense_rows,
 )
 from huoyan.planning.sizes import MIB
 
@@ -29,11 +32,14 @@ if TYPE_CHECKING:
     from huoyan.models.config import ModelConfig
 
 CHOICE_BYTES = 24
-"""A logit that is chosen from: copies for several kinds of requests, bias, filters, grammars."""
+"""A logit that is chosen from: in float32, copies for several kinds of requests, bias, filters, grammars; 21 were
+seen."""
+PARTS = 11
+"""Parts in float32 that our products of few rows give the next kernel to add."""
 SORT_BYTES = 64
 """A logit that is sorted: values, ids, sums in float64, and the sort's own memory."""
-NOISE_BYTES = 48
-"""A logit that noise is made for."""
+NOISE_BYTES = 24
+"""A logit that noise is made for; 18 were seen."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,9 @@ class Workspace:
 
     @property
     def peak(self) -> int:
-        return self.beside + max(self.encoder, self.decoder, self.logits, self.choice, self.prompt_logprobs)
+        # A pass on the step's own stream begins when nothing else is under way, and may have the other one's memory.
+        steps = max(self.decoder, self.logits, self.choice, self.prompt_logprobs)
+        return max(self.encoder, self.beside + steps)
 
     @property
     def total(self) -> int:
@@ -96,7 +104,7 @@ def workspace(config: ModelConfig, way: Way, limits: Limits) -> Workspace:
     logits, choice = _logits(config, way, limits)
     return Workspace(
         kept=_kept(config, way, limits),
-        encoder=encoder(config, way, limits.encoder_patches, limits.encoder_slices),
+        encoder=_encoder(config, way, limits),
         decoder=_decoder(config, way, limits),
         logits=logits,
         choice=choice,
@@ -110,25 +118,26 @@ def with_encoder_passes(config: ModelConfig, way: Way, limits: Limits, slice_pat
 
     `slice_patches`: of the largest slice that may come, which is always encoded whole.
     """
-    rest = workspace(config, way, replace(limits, encoder_patches=0, encoder_slices=0)).peak
+    least = workspace(config, way, replace(limits, encoder_patches=slice_patches))
+    rest = replace(least, encoder=0).peak
     # The embeddings of a pass's slices count with however few patches; what they leave is for more patches.
     low, high = slice_patches, max(slice_patches, 1 << 24)
     while low < high:
         middle = (low + high + 1) // 2
-        if encoder(config, way, middle, limits.encoder_slices) <= rest:
+        if _encoder(config, way, replace(limits, encoder_patches=middle)) <= rest:
             low = middle
         else:
             high = middle - 1
     return replace(limits, encoder_patches=low)
 
 
-def encoder(config: ModelConfig, way: Way, patches: int, slices: int) -> int:
-    """Bytes while `patches` patches of `slices` slices are encoded together."""
+def encoder(config: ModelConfig, way: Way, patches: int, slices: int, *, held: bool = True) -> int:
+    """Bytes while `patches` patches of `slices` slices are encoded together. `held`: with the patches themselves."""
     vision, width = config.vision, config.text.hidden_size
     e, C, M = way.itemsize, vision.hidden_size, vision.intermediate_size
     pixels = vision.num_channels * vision.patch_size**2
     # The patches in the model's dtype stay to the end; on CUDA so do the bytes they were made of.
-    held = pixels * (e + 1)
+    own = pixels * (e + 1) if held else 0
     moments = [
         pixels * 4,
         # Embeddings of pixels and of positions, their sum, and which positions.
@@ -145,29 +154,63 @@ def encoder(config: ModelConfig, way: Way, patches: int, slices: int) -> int:
     # and after they are put in order.
     answers = patches * (C + 2 * width) * e + queries * (width * e * 4 + 4 * config.resampler_heads)
     tiles = _flash(way, max(vision.head_dim, 128))
-    return patches * held + max(patches * max(moments), answers) + tiles + MIB // 4
+    return patches * own + max(patches * max(moments), answers) + tiles + MIB // 4
+
+
+def _encoder(config: ModelConfig, way: Way, limits: Limits) -> int:
+    """On the step's own stream: slices that the host has cut, and whole pictures where there are no decodes."""
+    most = encoder(config, way, limits.encoder_patches, limits.encoder_slices)
+    if not way.kernels or not limits.encoder_patches:
+        return most
+    return max(most, _whole_pictures(config, way, limits, limits.encoder_patches, limits.encoder_slices))
 
 
 def _beside(config: ModelConfig, way: Way, limits: Limits) -> int:
-    """A batch of pictures on its way beside decodes: originals, what they are resized by way of, the encoder."""
+    """Pictures on their way beside decodes, in smaller passes."""
     if not way.kernels or not limits.encoder_patches:
         return 0
-    return 2 * BESIDE_PIXELS + encoder(
-        config, way, min(BESIDE_PATCHES, limits.encoder_patches), limits.encoder_slices
-    )
+    patches = min(BESIDE_PASS, limits.encoder_patches)
+    return _whole_pictures(config, way, limits, patches, min(BESIDE_SLICES, limits.encoder_slices))
+
+
+def _whole_pictures(config: ModelConfig, way: Way, limits: Limits, in_pass: int, slices: int) -> int:
+    """Originals that the device resizes, then passes of so many patches and slices over what they gave."""
+    vision = config.vision
+    patches = min(BESIDE_PATCHES, limits.encoder_patches)
+    pixels = vision.num_channels * vision.patch_size**2
+    embeddings = limits.encoder_slices * config.query_num * config.text.hidden_size * way.itemsize
+    moments = [
+        # Originals, and what they are resized by way of.
+        2 * BESIDE_PIXELS,
+        # Embeddings of the passes before.
+        embeddings + encoder(config, way, min(in_pass, patches), slices, held=False),
+        # Those of all passes, joined, in their order, and each picture's own.
+        4 * embeddings,
+    ]
+    return patches * pixels * way.itemsize + max(moments) + MIB // 4
 
 
 def _kept(config: ModelConfig, way: Way, limits: Limits) -> int:
-    """Gathered keys and values of the plain attention (`engine.attention.Workspace`)."""
+    """Gathered keys and values of the plain attention (`engine.attention.Workspace`); with kernels the dense part of
+    an int4 matrix."""
     if way.kernels:
-        return 0
+        return _scratch(config, way) if way.int4 == "words" else 0
     blocks = max(_blocks(limits), GATHER_TOKENS // limits.block_size)
     values = blocks * limits.block_size * _widths(config)[1]
     # Keys and values; of 8 bits also as they are stored, with scales.
     return values * (2 * way.itemsize + (2 if way.kv8 else 0))
 
 
-def _decoder(config: ModelConfig, way: Way, limits: Limits) -> int:
+def captured(config: ModelConfig, way: Way, limits: Limits, rows: int) -> int:
+    """A decode step of `rows` rows up to the head, as a CUDA graph has it: nothing is gathered, no slots are sent."""
+    found = max(
+        _decoder(config, way, replace(limits, tokens=count, seqs=count), gathers=False)
+        for count in {rows, min(rows, FEW_ROWS), min(rows, 64), min(rows, 16)}
+    )
+    return found + rows * config.text.hidden_size * way.itemsize
+
+
+def _decoder(config: ModelConfig, way: Way, limits: Limits, gathers: bool = True) -> int:
     text = config.text
     e, T = way.itemsize, limits.tokens
     H, I = text.hidden_size, text.intermediate_size
@@ -180,7 +223,7 @@ def _decoder(config: ModelConfig, way: Way, limits: Limits) -> int:
     # In float32: a copy, two halves' products, their sums, all of it joined; then rounded.
     rope = T * ((A + 2 * K) * e + (A + K) * (8 if e == 4 else 12))
     if way.kernels:
-        attention = T * ((A + 2 * K) + A + 2 * A) * e + _packed(config, way, limits)
+        attention = T * ((A + 2 * K) + A + 2 * A) * e + _packed(config, way, limits, gathers)
     else:
         # q k v, rotated, keys and values as they are written, the answers in parts and joined.
         attention = T * ((A + 2 * K) + (A + K) + 2 * K + 2 * A) * e + _plain_attention(config, way, limits)
@@ -190,8 +233,9 @@ def _decoder(config: ModelConfig, way: Way, limits: Limits) -> int:
         attention += T * 2 * K * 12
     o_proj = T * ((A + 2 * K) + (A + K) + A + H) * e + _int4(way, T, H, A)
     gate_up = T * 2 * I * e + _int4(way, T, 2 * I, H)
-    silu = T * (3 if way.cuda else 4) * I * e
-    down = T * (I + H) * e + _int4(way, T, H, I)
+    # On CUDA written over the gates, where it lies to the end.
+    silu = T * (2 if way.cuda else 4) * I * e
+    down = T * ((2 if way.cuda else 1) * I + H) * e + _int4(way, T, H, I)
     qkv = T * (A + 2 * K) * e + _int4(way, T, A + 2 * K, H)
     return base + max(norm, qkv, attention, o_proj, gate_up, silu, down) + _index(limits) + wide * MIB // 4
 
@@ -210,14 +254,19 @@ def _plain_attention(config: ModelConfig, way: Way, limits: Limits) -> int:
     return mask + decode_masks + lse + packed + _flash(way, text.head_dim)
 
 
-def _packed(config: ModelConfig, way: Way, limits: Limits) -> int:
+def _packed(config: ModelConfig, way: Way, limits: Limits, gathers: bool) -> int:
     """Keys and values of earlier tokens, gathered for packed prefill; partial sums of split decodes."""
     text = config.text
     A, K = _widths(config)
+    parts = max(264 // text.num_key_value_heads, 1) * text.num_attention_heads * (text.head_dim + 2) * 4
+    lse = limits.tokens * text.num_attention_heads * 4
+    if not gathers:
+        return lse + 2 * parts
     tokens = max(limits.context, GATHER_TOKENS)
     keys = 2 * tokens * K * way.itemsize + (0 if way.grouped else 2 * tokens * A * way.itemsize)
-    parts = max(264 // text.num_key_value_heads, 1) * text.num_attention_heads * (text.head_dim + 2) * 4
-    return keys + tokens * 8 + limits.tokens * text.num_attention_heads * 4 + 2 * parts
+    # Of 8 bits: as they are stored, their scales, and the product in float32 where the scales are.
+    stored = tokens * K * (1 + 4) if way.kv8 else 0
+    return keys + stored + tokens * 8 + lse + 2 * parts
 
 
 def _logits(config: ModelConfig, way: Way, limits: Limits) -> tuple[int, int]:
@@ -225,7 +274,6 @@ def _logits(config: ModelConfig, way: Way, limits: Limits) -> tuple[int, int]:
     text, e = config.text, way.itemsize
     hidden = limits.tokens * text.hidden_size * e
     values = limits.seqs * text.vocab_size
-    made = values * (4 if e == 4 else 4 + e)
     rows = limits.seqs * text.hidden_size * e
 
     def at_once(most: int) -> int:
@@ -239,7 +287,9 @@ def _logits(config: ModelConfig, way: Way, limits: Limits) -> tuple[int, int]:
         )
         + limits.seqs * 16384
     )
-    return 2 * hidden + rows + made + _index(limits) + MIB // 4, hidden + 4 * values + choosing + MIB // 4
+    # Of few rows the kernel makes float32.
+    made = max(e * values, 4 * min(limits.seqs, 16) * text.vocab_size)
+    return 2 * hidden + rows + made + _index(limits) + MIB // 4, hidden + made + choosing + MIB // 4
 
 
 def _prompt_logprobs(config: ModelConfig, way: Way, limits: Limits) -> int:
@@ -248,19 +298,31 @@ def _prompt_logprobs(config: ModelConfig, way: Way, limits: Limits) -> int:
     hidden = limits.tokens * text.hidden_size * e
     piece = min(limits.tokens * text.vocab_size, max(PROMPT_LOGITS, text.vocab_size))
     # Their log-probabilities, which are above the token's own, and those counted in int64; or the logits, twice.
-    return hidden + 4 * limits.seqs * text.vocab_size + piece * 14 + MIB // 4
+    return hidden + e * limits.seqs * text.vocab_size + piece * 14 + MIB // 4
 
 
 def _int4(way: Way, rows: int, out: int, width: int) -> int:
-    """A part of an int4 matrix in the model's dtype, and the part of the product that it gives."""
-    if way.int4 in (None, "cpu"):
-        return 0
-    part = min(out, max(DENSE_VALUES // width, 1))
+    """What a product takes beside its result: a part of an int4 matrix in the model's dtype, or parts of sums."""
     e = way.itemsize
+    if way.kernels and rows <= (FEW_ROWS if way.int4 == "words" else 16):
+        # Sums of programs that share the inputs; a gate's are not parted.
+        parts = PARTS if rows <= 16 else 7 if rows <= 64 else 4
+        return (parts if out < 2 * width else 2 if rows <= 16 else 0) * rows * out * 4
+    if way.int4 in (None, "cpu") or (way.kernels and way.int4 == "words"):
+        return 0
+    part = dense_rows(out, width, way.kernels)
     # From bytes: nibbles apart and together, less their zero points, times their scales.
-    each = e if way.int4 == "words" else max(2, 1 + 2 * e)
-    few_rows = (264 * 64 + out) * min(rows, 64) * 4 if way.int4 == "words" else 0
-    return part * (width * each + rows * e) + few_rows
+    each = max(2, 1 + 2 * e)
+    return part * (width * each + (0 if way.cuda else rows * e))
+
+
+def _scratch(config: ModelConfig, way: Way) -> int:
+    """The largest part of a decoder's int4 matrix that is dense (`huoyan.layers.int4`)."""
+    text = config.text
+    H, I = text.hidden_size, text.intermediate_size
+    A, K = _widths(config)
+    shapes = ((A + 2 * K, H), (H, A), (2 * I, H), (H, I))
+    return max(dense_rows(out, width, True) * width for out, width in shapes) * way.itemsize
 
 
 def _flash(way: Way, head_dim: int) -> int:
