@@ -85,12 +85,12 @@ def test_the_fused_path(seed: int, name: str, monkeypatch: pytest.MonkeyPatch) -
 class ReplayedHere(_Graph):
     """A graph whose replay computes it anew: all but the capture is as on a GPU, inputs and their corrections too."""
 
-    def __init__(self, model: MiniCPMV, cache: KVCache, logits: Tensor, max_blocks: int) -> None:
-        self._model, self._cache, self._logits = model, cache, logits
-        self._host = torch.zeros(len(logits), 4 + max_blocks, dtype=torch.int32)
+    def __init__(self, model: MiniCPMV, cache: KVCache, hidden: Tensor, inputs: Tensor) -> None:
+        self._model, self._cache, self._hidden, self._inputs = model, cache, hidden, inputs
+        self._host = torch.zeros(inputs.shape, dtype=torch.int32)
         self._host[:, 2], self._host[:, 3] = -1, 1
         self._rows = self._host.numpy()
-        self._inputs = self._host.clone()
+        self._inputs.copy_(self._host)
         self._graph = SimpleNamespace(replay=self._forward, pool=lambda: (0, 0))  # type: ignore[assignment]
         self._copied = SimpleNamespace(synchronize=lambda: None, record=lambda: None)  # type: ignore[assignment]
 

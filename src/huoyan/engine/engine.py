@@ -111,7 +111,7 @@ class Engine:
             rows = captured_rows(self.config.max_num_seqs, way_of_model(model, self.config).int4)
             graphs = DecodeGraphs(model, cache, rows, self.size.max_model_len, pool)
             prefills = PrefillGraphs(model, cache, pool)
-            self._stream = torch.cuda.Stream(model.device)
+            self._stream = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
         fused = has_fused_attention(model, cache.format.name)
         self.run_ahead = fused if self.config.run_ahead is None else self.config.run_ahead
         # On a device without our kernels attention is planned on the host, which must know the beams' blocks.
