@@ -158,7 +158,7 @@ class Bench:
         return {**a_step, "rest of step": step - sum(a_step.values()), "driver": everything - step}
 
 
-KEYWORDS: dict[str, Any] = {}
+KEYWORDS: dict[str, Any] = {"streamed": False}
 
 
 def main() -> None:
