@@ -1,5 +1,5 @@
-"""The batch of a step that is decodes only, from that of the step before: the blocks of a sequence are written down once,
-and each step adds what is new.
+"""The batch of a step that is decodes only, from that of the step before: the blocks of a sequence are written down
+once, and each step adds what is new.
 
 What `build_batch` makes of the same schedule, which is the reference, save that the rows are sampled in the batch's own
 order, so that nobody has to bring logits into another.
