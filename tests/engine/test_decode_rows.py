@@ -57,19 +57,23 @@ def check_same(batch: Batch, expected: Batch) -> None:
     # The rows are sampled in the batch's own order.
     assert batch.sampling == batch.chunks
     assert batch.sampled_rows.tolist() == list(range(len(batch.chunks)))
-    assert {id(c.sequence): int(r) for c, r in zip(expected.sampling, expected.sampled_rows, strict=True)} == {
-        id(c.sequence): int(r) for c, r in zip(batch.sampling, batch.sampled_rows, strict=True)
-    }
+    assert {
+        id(c.sequence): int(r) for c, r in zip(expected.sampling, expected.sampled_rows, strict=True)
+    } == {id(c.sequence): int(r) for c, r in zip(batch.sampling, batch.sampled_rows, strict=True)}
 
 
 def test_last_outputs_are_all_that_is_made_where_nobody_streams(model: MiniCPMV, seed: int) -> None:
     rng = random.Random(seed)
     requests = [random_request(rng, f"r{i}") for i in range(6)]
-    engine = Engine(model, small_config(rng, num_blocks=200, block_size=4, max_num_seqs=6))
+    engine = Engine(
+        model, small_config(rng, num_blocks=200, block_size=4, max_num_seqs=6, max_num_batched_tokens=24)
+    )
     streamed = drive(engine, requests)
     for request in requests:
         request.streamed = False
-    engine = Engine(model, small_config(rng, num_blocks=200, block_size=4, max_num_seqs=6))
+    engine = Engine(
+        model, small_config(rng, num_blocks=200, block_size=4, max_num_seqs=6, max_num_batched_tokens=24)
+    )
     outputs: list[str] = []
     step = engine.step
 

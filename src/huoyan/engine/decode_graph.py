@@ -132,11 +132,11 @@ class _Graph:
         self._inputs.copy_(self._host, non_blocking=True)
         self._copied.record()
         if late is not None:
-            rows, ids = late
-            if rows is None:
+            which, ids = late
+            if which is None:
                 self._inputs[: len(ids), 0].copy_(ids)
             else:
-                self._inputs[:, 0].index_copy_(0, rows, ids.to(torch.int32))
+                self._inputs[:, 0].index_copy_(0, which, ids.to(torch.int32))
         if moves is not None:
             tokens, positions, slots = self._inputs[:, :3].unbind(1)
             moves.apply(tokens, positions, slots, self._inputs[:, 4:])
