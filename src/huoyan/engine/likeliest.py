@@ -9,17 +9,10 @@ import torch
 
 from huoyan.engine.answer import ChosenToken
 from huoyan.engine.host_copy import HostCopy
+from huoyan.kernels import decode_kernels_enabled
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-def likeliest_reference(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 [R, vocab] -> the likeliest token of each row, of several the lowest id, int64 [R], and its
-    log-probability, float32 [R]."""
-    ids = logits.argmax(-1)
-    own = logits.gather(1, ids.unsqueeze(1)).squeeze(1)
-    return ids, own - logits.logsumexp(-1)
 
 
 class LikeliestTokens:
@@ -27,11 +20,31 @@ class LikeliestTokens:
 
     @torch.inference_mode()
     def __init__(self, logits: Tensor) -> None:
-        """`logits`: float32 [R, vocab], as the model has them."""
-        self.ids, logprobs = likeliest_reference(logits)
-        self._copy = HostCopy(self.ids, logprobs)
+        """`logits`: float32 [R, vocab], as the model has them. Of equal ones the lowest id is taken."""
+        self._rows = len(logits)
+        found = _likeliest(logits)
+        self.ids = found[: 2 * self._rows].view(torch.int64)
+        self._copy = HostCopy(found)
 
     def read(self) -> list[ChosenToken]:
         """Waits until they are chosen."""
-        ids, logprobs = self._copy.read()
-        return list(map(ChosenToken._make, zip(ids.tolist(), logprobs.tolist(), repeat(None), strict=False)))
+        (found,) = self._copy.read()
+        ids = found[: 2 * self._rows].view(torch.int64).tolist()
+        logprobs = found[2 * self._rows :].view(torch.float32).tolist()
+        return list(map(ChosenToken._make, zip(ids, logprobs, repeat(None), strict=False)))
+
+
+def _likeliest(logits: Tensor) -> Tensor:
+    """See `huoyan.kernels.likeliest.likeliest`."""
+    if logits.is_cuda and decode_kernels_enabled():
+        from huoyan.kernels.likeliest import likeliest
+
+        return likeliest(logits)
+    return likeliest_reference(logits)
+
+
+def likeliest_reference(logits: Tensor) -> Tensor:
+    """The same in plain PyTorch, in three passes."""
+    ids = logits.argmax(-1)
+    own = logits.gather(1, ids.unsqueeze(1)).squeeze(1)
+    return torch.cat([ids.view(torch.int32), (own - logits.logsumexp(-1)).view(torch.int32)])
