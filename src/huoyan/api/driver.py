@@ -50,8 +50,11 @@ def drive(
     *,
     concurrency: int | None = None,
     raise_errors: bool = False,
+    streamed: bool = True,
 ) -> Iterator[RequestOutput]:
     """Run `jobs` and yield their outputs as the backend gives them; a job's last one is `finished`.
+
+    Without `streamed` the last ones are enough for the caller; a backend may make no others.
 
     `jobs` is read as far as there is room: `concurrency` requests at once (None: what the engine batches and
     some ahead). A None in it says that there is nothing for now and that it is to be asked again. With
@@ -85,6 +88,7 @@ def drive(
                 running.add(job.request_id)
                 try:
                     request = future.result()
+                    request.streamed = streamed
                     with between_steps():
                         runtime.backend.add_request(request)
                 except HuoyanError as error:

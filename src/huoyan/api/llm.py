@@ -260,7 +260,9 @@ class LLM:
     ) -> list[RequestOutput]:
         last: dict[str, RequestOutput] = {}
         with self._turn, RequestBar(len(jobs), use_tqdm) as bar:
-            for output in drive(self._open(), jobs, self._pool, raise_errors=raise_on_error):
+            for output in drive(
+                self._open(), jobs, self._pool, raise_errors=raise_on_error, streamed=bar.counts_tokens
+            ):
                 bar.update(output)
                 if output.finished:
                     last[output.request_id] = output

@@ -29,6 +29,11 @@ class RequestBar:
         elif wanted and sys.stderr.isatty():
             self._progress, self._task = _rich_bar(total)
 
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether it wants the outputs of every step, not only the last of each request."""
+        return self._progress is not None
+
     def update(self, output: RequestOutput) -> None:
         """Take the newest output of a request."""
         if self._progress is None and self._custom is None:

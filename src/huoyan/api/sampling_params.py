@@ -155,6 +155,19 @@ class SamplingParams:
         return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
 
     @property
+    def takes_likeliest(self) -> bool:
+        """Whether the next token of an answer depends on the model's logits alone, and no alternatives are reported."""
+        return (
+            self.temperature < SAMPLING_EPS
+            and not self.use_beam_search
+            and not self.logit_bias
+            and not self.min_tokens
+            and not self.has_penalties
+            and self.structured_outputs is None
+            and self.logprobs is None
+        )
+
+    @property
     def stop_strings(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 

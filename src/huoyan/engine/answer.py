@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,9 +41,8 @@ class StopRules:
         return StopRules(eos_token_id, named, params.min_tokens, show, held_back)
 
 
-@dataclass(frozen=True)
-class ChosenToken:
-    """A token that follows a sequence."""
+class ChosenToken(NamedTuple):
+    """A token that follows a sequence. A tuple, because each step makes one for each sequence."""
 
     token_id: int
     logprob: float = 0.0
@@ -124,21 +123,22 @@ class Answer:
 
     def append(self, token: ChosenToken) -> bool:
         """Take a token; True where it ends the answer."""
-        self.token_ids.append(token.token_id)
-        self.cumulative_logprob += token.logprob
-        if token.logprobs is not None:
-            self.logprobs.append(token.logprobs)
-        rules = self.rules
-        may_stop = len(self.token_ids) >= rules.min_tokens
-        is_eos = token.token_id == rules.eos_token_id
-        stops = may_stop and (is_eos or token.token_id in rules.token_ids)
-        if self.words and (rules.show_stop or not stops):
-            self.words.push(token.token_id, may_stop)
+        token_id, logprob, logprobs = token
+        token_ids, rules, words = self.token_ids, self.rules, self.words
+        token_ids.append(token_id)
+        self.cumulative_logprob += logprob
+        if logprobs is not None:
+            self.logprobs.append(logprobs)
+        may_stop = len(token_ids) >= rules.min_tokens
+        is_eos = token_id == rules.eos_token_id
+        stops = may_stop and (is_eos or token_id in rules.token_ids)
+        if words is not None and (rules.show_stop or not stops):
+            words.push(token_id, may_stop)
         if stops:
-            self.finish("stop", None if is_eos else token.token_id)
-        elif self.words and self.words.stop is not None:
-            self.finish_reason, self.stop_reason = "stop", self.words.stop
-        elif len(self.token_ids) >= self.max_tokens:
+            self.finish("stop", None if is_eos else token_id)
+        elif words is not None and words.stop is not None:
+            self.finish_reason, self.stop_reason = "stop", words.stop
+        elif len(token_ids) >= self.max_tokens:
             self.finish("length")
         return self.finish_reason is not None
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 
 from huoyan.engine.answer import ChosenToken
+from huoyan.engine.likeliest import LikeliestTokens
 from huoyan.engine.noise import mix
 from huoyan.engine.sampler import (
     BeamCandidates,
@@ -18,6 +19,7 @@ from huoyan.engine.sampler import (
 )
 from huoyan.engine.structured import GrammarCompiler, GrammarState
 from huoyan.engine.token_counts import TokenCounts
+from huoyan.layers.packed_attention import to_device
 from huoyan.planning.pieces import CHOICE_LOGITS
 
 if TYPE_CHECKING:
@@ -54,7 +56,7 @@ class Choice:
 
     sampled: dict[Group, int] = field(default_factory=dict)
     """How many tokens each group got, in the order in which they stand in `tokens`."""
-    tokens: list[SampledTokens] = field(default_factory=list)
+    tokens: list[SampledTokens | LikeliestTokens] = field(default_factory=list)
     """A piece of the rows each."""
     candidates: dict[Group, list[BeamCandidates]] = field(default_factory=dict)
     beams: BeamStep | None = None
@@ -73,9 +75,11 @@ class Choice:
         out: dict[Group, Chosen] = {**self.failed, **self.candidates}
         if self.beams is not None:
             out.update(self.beams.read())
-        found = (token for part in self.tokens for token in part.read())
+        found = [token for part in self.tokens for token in part.read()]
+        first = 0
         for group, count in self.sampled.items():
-            out[group] = [next(found) for _ in range(count)]
+            out[group] = found[first : first + count]
+            first += count
         return out
 
 
@@ -125,6 +129,14 @@ class Chooser:
         """
         drafts = drafts or {}
         choice = Choice()
+        plain = [group for group in rows if group.takes_likeliest and group not in drafts]
+        if plain:
+            index = [rows[group][0] for group in plain]
+            choice.tokens.append(LikeliestTokens(_pick(logits, index)))
+            choice.sampled = dict.fromkeys(plain, 1)
+            if len(plain) == len(rows):
+                return choice
+            rows = {group: own for group, own in rows.items() if group not in choice.sampled}
         searches = {group: own for group, own in rows.items() if group.advances_on_device}
         if searches:
             self._advance(choice, logits, searches, before)
@@ -147,8 +159,8 @@ class Chooser:
                 for _ in range(n)
             ]
             flat = [row for g in sampled for row in prepared[g]]
-            choice.sampled = {g: len(prepared[g]) for g in sampled}
-            choice.tokens = [sample(some, part) for some, part in _pieces(logits, index, flat)]
+            choice.sampled |= {g: len(prepared[g]) for g in sampled}
+            choice.tokens += [sample(some, part) for some, part in _pieces(logits, index, flat)]
         on_host = [g for g in prepared if g.params.use_beam_search]
         if on_host:
             index = [row for g in on_host for row in rows[g]]
@@ -277,8 +289,12 @@ def _pieces(
 
 
 def _pick(logits: Tensor, index: list[int]) -> Tensor:
-    """Rows `index` of the logits, which are the logits themselves where these are all rows."""
-    return logits if index == list(range(len(logits))) else logits[torch.tensor(index, device=logits.device)]
+    """Rows `index` of the logits: where they stand together, as they are."""
+    first = index[0]
+    if index == list(range(first, first + len(index))):
+        return logits[first : first + len(index)]
+    # Not made on the device: that would wait for all that it has to do.
+    return logits[to_device(torch.tensor(index), logits.device)]
 
 
 def _repeats(group: Group, rows: list[int]) -> list[int]:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from huoyan.engine.batch import Batch
     from huoyan.engine.beam_moves import BeamMoves
     from huoyan.engine.kv_cache import KVCache
+    from huoyan.engine.runner import Late
     from huoyan.models.minicpmv import MiniCPMV
 
 
@@ -74,12 +75,10 @@ class DecodeGraphs:
             return size
         return next((s for s in self._sizes if 2 * count >= s > size and s in self._graphs), None)
 
-    def run(
-        self, batch: Batch, late: tuple[Tensor, Tensor] | None = None, moves: BeamMoves | None = None
-    ) -> Tensor:
+    def run(self, batch: Batch, late: Late | None = None, moves: BeamMoves | None = None) -> Tensor:
         """[decodes, vocab] in the model's dtype (float32 for a few rows), a row for each of the batch's tokens.
 
-        `late`: rows and ids, int64 [N] each, of tokens that only the device knows; `moves`: beams that only it knows.
+        `late`: tokens that only the device knows; `moves`: beams that only it knows.
         """
         count = len(batch.chunks)
         size = self._chosen_size(count)
@@ -125,9 +124,7 @@ class _Graph:
         with torch.cuda.graph(self._graph, pool=pool, stream=stream):
             self._forward()
 
-    def replay(
-        self, batch: Batch, late: tuple[Tensor, Tensor] | None, moves: BeamMoves | None = None
-    ) -> Tensor:
+    def replay(self, batch: Batch, late: Late | None, moves: BeamMoves | None = None) -> Tensor:
         count = len(batch.chunks)
         # The last copy must have read the host's rows before they change.
         self._copied.synchronize()
@@ -140,7 +137,11 @@ class _Graph:
         self._inputs.copy_(self._host, non_blocking=True)
         self._copied.record()
         if late is not None:
-            self._inputs[:, 0].index_copy_(0, late[0], late[1].to(torch.int32))
+            which, ids = late
+            if which is None:
+                self._inputs[: len(ids), 0].copy_(ids)
+            else:
+                self._inputs[:, 0].index_copy_(0, which, ids.to(torch.int32))
         if moves is not None:
             tokens, positions, slots = self._inputs[:, :3].unbind(1)
             moves.apply(tokens, positions, slots, self._inputs[:, 4:])

@@ -242,7 +242,10 @@ class Engine:
         row = 0
         for chunk in forward.chunks:
             group, count = chunk.sequence.group, 1 + len(chunk.drafts)
-            rows.setdefault(group, []).extend(range(row, row + count))
+            if group in rows:
+                rows[group].extend(range(row, row + count))
+            else:
+                rows[group] = [row] if count == 1 else list(range(row, row + count))
             row += count
             if chunk.drafts:
                 drafts[group] = chunk.drafts
@@ -346,11 +349,19 @@ class Engine:
             except Exception as error:
                 self._fail_all({group}, error, outputs)
                 continue
-            outputs.append(request_output(group, shown_answers(group)))
+            if group.request.streamed or group.finished:
+                outputs.append(request_output(group, shown_answers(group)))
 
     def _extend(self, group: Group, tokens: list[ChosenToken]) -> None:
         """Append one token to each of the group's sequences; the first step of several samples forks them."""
         first = group.sequences[0]
+        if group.width == 1:
+            self.scheduler.sampled(first, tokens[0].token_id)
+            self._generated_tokens += 1
+            if first.answer.append(tokens[0]):
+                self.scheduler.finish_sequence(first)
+                self._end(group)
+            return
         while len(group.sequences) < len(tokens):
             group.answers.append(self._fork(first, len(group.sequences)).answer)
         for seq, token in zip(group.sequences.copy(), tokens, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,8 +24,8 @@ class InFlight:
     choice: Choice
     sequences: dict[Group, list[Sequence]]
     """Those of each group in the order of its tokens."""
-    rows: dict[Sequence, int]
-    """Where each stands in the choice's `token_ids`, if it was sampled and nothing was guessed."""
+    order: list[Sequence | None]
+    """Whose each of the choice's `token_ids` is, if it was sampled and nothing was guessed."""
     drafts: dict[Group, tuple[int, ...]] = field(default_factory=dict)
     """The guesses of some groups, which the choice has a token before each of and one after."""
 
@@ -34,13 +35,16 @@ class InFlight:
     ) -> InFlight:
         """`groups`: those of the step, with the rows of their logits."""
         sequences = {group: group.sequences[: len(own)] for group, own in groups.items()}
-        rows: dict[Sequence, int] = {}
-        first = 0
+        order: list[Sequence | None] = []
         for group, count in choice.sampled.items():
-            if count == len(sequences[group]):
-                rows |= {seq: first + i for i, seq in enumerate(sequences[group])}
-            first += count
-        return InFlight(choice, sequences, rows, drafts or {})
+            own = sequences[group]
+            order.extend(own if count == len(own) else [None] * count)
+        return InFlight(choice, sequences, order, drafts or {})
+
+    @cached_property
+    def rows(self) -> dict[Sequence, int]:
+        """Where each stands in the choice's `token_ids`."""
+        return {seq: row for row, seq in enumerate(self.order) if seq is not None}
 
     def token(self, sequence: Sequence) -> Tensor:
         """int64 [], on the device: a view, nothing is copied there."""
@@ -52,4 +56,7 @@ class InFlight:
         """int64 [sequences], on the device."""
         ids = self.choice.token_ids
         assert ids is not None
+        if sequences == self.order:
+            # As in most steps: nobody came or went.
+            return ids
         return ids[torch.tensor([self.rows[seq] for seq in sequences]).to(ids.device, non_blocking=True)]

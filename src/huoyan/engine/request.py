@@ -21,6 +21,8 @@ class EngineRequest:
     params: SamplingParams
     pictures: tuple[PreparedPicture, ...] = ()
     arrival_time: float = field(default_factory=monotonic)
+    streamed: bool = True
+    """Whether the output of every step is wanted; else only the last one is made."""
 
     @property
     def num_picture_tokens(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ import torch
 from huoyan.engine.attention import PagedAttention, Workspace
 from huoyan.engine.batch import Batch, build_batch
 from huoyan.engine.beam_moves import BeamMoves
+from huoyan.engine.decode_rows import DecodeRows
 from huoyan.engine.picture_encoder import PictureEncoder
 from huoyan.kernels import decode_kernels_enabled
 from huoyan.layers.packed_attention import to_device
@@ -31,13 +32,16 @@ if TYPE_CHECKING:
     from huoyan.models.minicpmv import MiniCPMV
     from huoyan.models.qwen2 import Attend
 
+Late: TypeAlias = "tuple[Tensor | None, Tensor]"
+"""Rows of a batch whose tokens only the device knows, and these, int64 [N] each; None: the first N rows."""
+
 
 @dataclass
 class ForwardOutput:
     """What one forward gave."""
 
     chunks: list[Chunk]
-    """Those that sample, in the schedule's order."""
+    """Those that sample, the sequences of a group together and in their order."""
     logits: Tensor
     """[rows, vocab] in the model's dtype: of each chunk after its last token, of one with drafts also before each of
     them."""
@@ -92,6 +96,7 @@ class Runner:
         self._prefill_graphs = prefills
         self._device_beams = device_beams
         self._workspace = Workspace()
+        self._decode_rows = DecodeRows(cache.block_size)
         self.copied_blocks = 0
         """Copies on write so far."""
 
@@ -125,17 +130,19 @@ class Runner:
         """
         self.cache.copy_blocks(schedule.copies)
         self.copied_blocks += len(schedule.copies)
-        batch = build_batch(schedule, self.cache.block_size, draft_rows=self._fused)
+        batch = self._decode_rows.batch(schedule)
+        if batch is None:
+            batch = build_batch(schedule, self.cache.block_size, draft_rows=self._fused)
         wanted = batch.sampled_rows
         late = self._late(batch, before)
         moves = BeamMoves.of(batch, before.choice.beams if before else None, self._device_beams, self.cache)
         if self._graphs is not None and self._graphs.fits(batch):
             logits = self._graphs.run(batch, late, moves)
-            in_order = np.array_equal(wanted, np.arange(len(logits)))
+            in_order = batch.sampling is batch.chunks or np.array_equal(wanted, np.arange(len(logits)))
             return ForwardOutput(batch.sampling, logits if in_order else logits[self._to_device(wanted)])
         token_ids = self._to_device(batch.token_ids)
         if late is not None:
-            token_ids = token_ids.index_copy(0, *late)
+            token_ids = _with_late(token_ids, *late)
         # Beams' tokens are to be right before they are embedded.
         attention = None if moves is None else self._attention(batch, token_ids, moves)
         x = self.model.embed(token_ids)
@@ -156,17 +163,17 @@ class Runner:
                 out.prompt_hidden.append((batch.chunks[i], hidden[first:last]))
         return out
 
-    def _late(self, batch: Batch, before: InFlight | None) -> tuple[Tensor, Tensor] | None:
-        """The batch's sampled tokens that only the device knows: their rows and their ids, int64 [N] each."""
-        late = {
-            row: seq
-            for row, seq in enumerate(batch.in_flight)
-            if seq is not None and not seq.group.advances_on_device
-        }
-        if not late:
+    def _late(self, batch: Batch, before: InFlight | None) -> Late | None:
+        """The batch's sampled tokens that only the device knows: their rows and their ids."""
+        sequences = [s for s in batch.in_flight if s is not None and not s.group.advances_on_device]
+        if not sequences:
             return None
         assert before is not None
-        return self._to_device(np.array(list(late), np.int64)), before.tokens(list(late.values()))
+        if sequences == batch.in_flight:
+            return None, before.tokens(sequences)
+        late = set(sequences)
+        rows = [row for row, seq in enumerate(batch.in_flight) if seq in late]
+        return self._to_device(np.array(rows, np.int64)), before.tokens(sequences)
 
     def _attention(self, batch: Batch, token_ids: Tensor, moves: BeamMoves | None = None) -> Attend:
         """`token_ids`, int64 [T] on the device, are changed where `moves` has to."""
@@ -210,3 +217,10 @@ class Runner:
 
     def _to_device(self, array: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> Tensor:
         return to_device(torch.from_numpy(array), self.device)
+
+
+def _with_late(token_ids: Tensor, rows: Tensor | None, ids: Tensor) -> Tensor:
+    """`token_ids` [T] with those of some rows put in: see `Late`."""
+    if rows is None:
+        return torch.cat([ids, token_ids[len(ids) :]])
+    return token_ids.index_copy(0, rows, ids)

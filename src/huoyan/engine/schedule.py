@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from huoyan.engine.sequence import Group, Sequence
     from huoyan.media.types import PreparedPicture
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """Compute tokens [start, end) of a sequence; `samples`: the logits after the last one are wanted."""
+class Chunk(NamedTuple):
+    """Compute tokens [start, end) of a sequence; `samples`: the logits after the last one are wanted.
+
+    A tuple, because each step makes one for each sequence.
+    """
 
     sequence: Sequence
     start: int

@@ -143,12 +143,19 @@ class Scheduler:
     def schedule(self) -> Schedule:
         """Plan the next step. Blocks are taken and copies ordered; nothing counts as computed yet."""
         out = Schedule()
+        unready: list[Group] = []
         for group in self.running.copy():
-            if group.status is GroupStatus.RUNNING and group.ready and not group.awaits_host:
+            if group.status is not GroupStatus.RUNNING:
+                continue
+            if group.width == 1 and (chunk := self._next_in_place(group.sequences[0])) is not None:
+                out.decodes.append(chunk)
+            elif not group.ready:
+                unready.append(group)
+            elif not group.awaits_host:
                 self._decode(group, out)
         budget = self.max_num_batched_tokens - len(out.decodes)
-        for group in self.running:
-            if budget and not group.ready:
+        for group in unready:
+            if budget and group.status is GroupStatus.RUNNING:
                 budget -= self._prefill(group, budget, out)
         self._drop_finished()
         while budget and self.waiting and not out.preempted:
@@ -244,6 +251,21 @@ class Scheduler:
         self.pictures.check(pinned)
 
     # -- decode ---------------------------------------------------------------------------------------------
+
+    def _next_in_place(self, seq: Sequence) -> Chunk | None:
+        """The decode of a sequence that is a group by itself, where nothing stands against it and its last block has
+        room: what `_decode` does in most steps of most groups, without its bookkeeping."""
+        group = seq.group
+        start = seq.num_computed
+        length = group.prompt_len + len(seq.output_ids) + seq.num_in_flight
+        if length - start != 1 or start < group.prompt_len:
+            return None
+        index, table = start // self.pool.block_size, seq.block_table
+        if index == len(table) or self.pool.ref_count(table[index]) > 1:
+            return None
+        if seq.num_in_flight and (seq.has_drafts or length >= group.max_length or group.needs_host):
+            return None
+        return Chunk(seq, start, length, True)
 
     def _decode(self, group: Group, out: Schedule) -> None:
         while self._blocks_to_step(group) > self.pool.num_free:

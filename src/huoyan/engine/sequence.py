@@ -167,6 +167,12 @@ class Group:
         """Whether it is a beam search whose steps the device can decide before the host knows the one before."""
         self.resumption_unplanned = False
         """It was preempted while a step was under way: which blocks its beams share is seen when they are known."""
+        params = self.params
+        self._needs_host = bool(
+            width > 1 or params.prompt_logprobs is not None or params.structured_outputs is not None
+        )
+        self.takes_likeliest = width == 1 and params.takes_likeliest
+        """Whether its next token is the likeliest one of the model's, and nothing else is asked about it."""
 
     @property
     def live_answers(self) -> list[Answer]:
@@ -193,19 +199,14 @@ class Group:
     @property
     def seats(self) -> int:
         """What it counts for in `max_num_seqs`: samples that ended leave their seats, beams may return."""
-        if self.in_lockstep and not self.params.use_beam_search:
+        if self.width > 1 and self.in_lockstep and not self.params.use_beam_search:
             return len(self.sequences)
         return self.width
 
     @property
     def needs_host(self) -> bool:
         """Whether the host must know the tokens before the next step: because of forks, or of a grammar."""
-        if self.advances_on_device:
-            return False
-        params = self.params
-        return bool(
-            self.width > 1 or params.prompt_logprobs is not None or params.structured_outputs is not None
-        )
+        return self._needs_host and not self.advances_on_device
 
     @property
     def awaits_host(self) -> bool:
