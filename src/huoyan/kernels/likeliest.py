@@ -50,8 +50,8 @@ def _join_kernel(
 
 
 def likeliest(logits: Tensor) -> Tensor:
-    """int32 [3 R] of logits [R, vocab], of any float dtype: the bits of R ids (int64), then those of R log-probabilities (float32),
-    so that one copy brings both to the host. Of equal logits the lowest id is taken."""
+    """int32 [3 R] of logits [R, vocab], of any float dtype: the bits of R ids (int64), then those of R log-probabilities
+    (float32), so that one copy brings both to the host. Of equal logits the lowest id is taken."""
     rows, vocab = logits.shape
     parts = triton.cdiv(vocab, CHUNK)
     found = torch.empty(3 * rows, dtype=torch.int32, device=logits.device)
