@@ -36,3 +36,8 @@ def test_one_token_that_is_possible(device: torch.device) -> None:
     found = likeliest(logits)
     assert found[:4].view(torch.int64).tolist() == [CHUNK + 2, 0]
     assert found[4:].view(torch.float32).tolist() == [0.0, 0.0]
+
+
+def test_no_numbers_give_a_token_that_there_is(device: torch.device) -> None:
+    found = likeliest(torch.full((2, CHUNK + 5), float("nan"), device=device))
+    assert all(0 <= token < CHUNK + 5 for token in found[:4].view(torch.int64).tolist())

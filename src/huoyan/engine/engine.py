@@ -27,8 +27,9 @@ from huoyan.engine.scheduler import Scheduler
 from huoyan.engine.sizing import CacheSize, limit_torch, size_cache, way_of_model
 from huoyan.engine.stats import EngineStats
 from huoyan.errors import HuoyanError, InputError
+from huoyan.kernels import decode_kernels_enabled
 from huoyan.layers.int4 import forget_scratches
-from huoyan.layers.linear import lay_out_for_cpu
+from huoyan.layers.linear import lay_out_for_cpu, lay_out_for_cuda
 from huoyan.planning.graphs import captured_rows
 from huoyan.planning.memory import slice_bytes
 from huoyan.planning.pieces import PICTURE_SLICES
@@ -69,6 +70,8 @@ class Engine:
             CapacityError: the memory does not hold the context.
         """
         self.config = config or EngineConfig()
+        if decode_kernels_enabled() and not model.config.text.tie_word_embeddings:
+            lay_out_for_cuda(model.llm.lm_head)
         self.size: CacheSize = size_cache(self.config, model)
         limit_torch(self.size.torch_bytes, model.device)
         text = model.config.text

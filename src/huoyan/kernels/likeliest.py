@@ -33,7 +33,7 @@ def _chunk_kernel(
 
 @triton.jit
 def _join_kernel(
-    tops_ptr, tokens_ptr, sums_ptr, ids_ptr, logprobs_ptr, parts, PADDED: tl.constexpr,
+    tops_ptr, tokens_ptr, sums_ptr, ids_ptr, logprobs_ptr, parts, vocab, PADDED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     part = tl.arange(0, PADDED)
@@ -43,15 +43,17 @@ def _join_kernel(
     top = tl.max(tops, axis=0)
     shift = tl.where(top > float("-inf"), top, 0.0)
     tokens = tl.load(tokens_ptr + at, mask=ok, other=0x7FFFFFFF)
-    tl.store(ids_ptr + row, tl.min(tl.where(tops == top, tokens, 0x7FFFFFFF), axis=0).to(tl.int64))
+    # Logits that are no numbers give some token, and not one that there is not: the next step looks it up.
+    best = tl.minimum(tl.min(tl.where(tops == top, tokens, 0x7FFFFFFF), axis=0), vocab - 1)
+    tl.store(ids_ptr + row, best.to(tl.int64))
     sums = tl.load(sums_ptr + at, mask=ok, other=0.0)
     total = tl.sum(sums * tl.exp(tops - shift), axis=0)
     tl.store(logprobs_ptr + row, top - shift - tl.log(total))
 
 
 def likeliest(logits: Tensor) -> Tensor:
-    """int32 [3 R] of logits [R, vocab], of any float dtype: the bits of R ids (int64), then those of R log-probabilities
-    (float32), so that one copy brings both to the host. Of equal logits the lowest id is taken."""
+    """Of logits [R, vocab], of any float dtype: int32 [3 R], the bits of R ids (int64), then those of R float32
+    log-probabilities, so that one copy brings both to the host. Of equal logits the lowest id is taken."""
     rows, vocab = logits.shape
     parts = triton.cdiv(vocab, CHUNK)
     found = torch.empty(3 * rows, dtype=torch.int32, device=logits.device)
@@ -62,6 +64,6 @@ def likeliest(logits: Tensor) -> Tensor:
     )
     ids, logprobs = found[: 2 * rows].view(torch.int64), found[2 * rows :].view(torch.float32)
     _join_kernel[(rows,)](
-        tops, tokens, sums, ids, logprobs, parts, PADDED=triton.next_power_of_2(parts), num_warps=1
+        tops, tokens, sums, ids, logprobs, parts, vocab, PADDED=triton.next_power_of_2(parts), num_warps=1
     )
     return found

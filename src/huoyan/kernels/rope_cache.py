@@ -135,6 +135,7 @@ def _kernel(
         a, b = first.to(tl.float32), second.to(tl.float32)
         first = (a * cos - b * sin).to(out_ptr.dtype.element_ty)
         second = (b * cos + a * sin).to(out_ptr.dtype.element_ty)
+    if PARTS or head < HEADS + KV_HEADS:
         tl.store(out_ptr + at, first, mask=ok)
         tl.store(out_ptr + at + half, second, mask=ok)
     if slot >= 0:
@@ -166,7 +167,7 @@ def rope_cache(
 
     Args:
         qkv: [T, (heads + 2 kv_heads) * head_dim], contiguous; changed. Or float32 parts of it, [S, T, …], to be
-            summed with `bias` and rounded to `dtype`; values then go to the cache alone.
+            summed with `bias` and rounded to `dtype`.
         positions: [T] integers.
         table: float32 [positions, 2, head_dim / 2], cosines then sines.
         slot_mapping: [T] integers, block * block_size + offset; -1 leaves a token out of the cache.

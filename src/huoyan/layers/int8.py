@@ -79,6 +79,11 @@ class Int8Linear(nn.Module):
             out = linear_by_blocks(rows, self.width_out, lambda a, b: self.weight_rows(a, b, x.dtype))
         return out.view(*x.shape[:-1], self.width_out)
 
+    def padded(self, x: Tensor) -> Tensor:
+        """See `huoyan.layers.linear.Linear.padded`."""
+        out: Tensor = self(x)
+        return out
+
     def in_float32(self, x: Tensor) -> Tensor:
         """The result in float32."""
         out: Tensor = self(x).float()

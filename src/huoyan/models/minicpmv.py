@@ -83,8 +83,7 @@ class MiniCPMV(nn.Module):
         model's dtype."""
         if reads_few_rows(hidden, self.config.text.hidden_size):
             return self.logits(hidden)
-        out: Tensor = self.llm.lm_head(hidden)
-        return out
+        return self.llm.lm_head.padded(hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[B, hidden] -> float32 [B, vocab]."""
