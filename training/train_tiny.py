@@ -60,6 +60,7 @@ def parse_arguments() -> argparse.Namespace:
     p.add_argument(
         "--eval-seconds", type=float, help="time kept for the last evaluation (default: 45 on cuda)"
     )
+    p.add_argument("--auxiliary", type=float, default=1.0, help="weight of the losses that teach seeing (1)")
     p.add_argument("--look-every", type=float, default=75.0, help="seconds between looks at held-out answers")
     p.add_argument("--families", help="only these families, separated by commas (for experiments)")
     p.add_argument("--max-steps", type=int, help="stop after so many steps")
