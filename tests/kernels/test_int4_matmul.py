@@ -68,6 +68,8 @@ TUNINGS = [
     Tuning(block_n=64, split=1, warps=4, stages=3),
     Tuning(block_n=128, split=3, warps=4, stages=2, prefetch=2),
     Tuning(block_n=64, split=1, warps=4, stages=3, scaled=True),
+    Tuning(block_n=64, split=2, warps=4, stages=3, pair=True),
+    Tuning(block_n=64, split=1, warps=4, stages=3, block_m=32, pair=True),
     None,
 ]
 

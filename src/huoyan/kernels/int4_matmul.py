@@ -100,6 +100,8 @@ class Tuning:
     block_m: int = 16
     scaled: bool = False
     unroll: int = 1
+    pair: bool = False
+    """Twice `block_m` rows a program, one half after the other: weights are unpacked once for both."""
 
 
 @triton.jit
@@ -212,12 +214,12 @@ def _matmul_kernel(
     x_ptr, words_ptr, meta_ptr, bias_ptr, out_ptr, M, N, K,
     GROUP: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, SCALED: tl.constexpr,
     EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PREFETCH: tl.constexpr,
-    UNROLL: tl.constexpr, ASM: tl.constexpr, OVERLAP: tl.constexpr,
+    PAIR: tl.constexpr, UNROLL: tl.constexpr, ASM: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     begin(OVERLAP)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
-    m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m = tl.program_id(2) * (2 * BLOCK_M if PAIR else BLOCK_M) + tl.arange(0, BLOCK_M)
     j = tl.arange(0, 16)
     k = tl.arange(0, 128)
     BF16: tl.constexpr = x_ptr.dtype.element_ty == tl.bfloat16
@@ -236,6 +238,8 @@ def _matmul_kernel(
         prefetch_lines(ahead)
     wait(OVERLAP)
     x_at = x_ptr + m[:, None] * K + k[None, :]
+    other_ok = (m + BLOCK_M < M)[:, None]
+    other_acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     for block in tl.range(first, last, num_stages=STAGES, loop_unroll_factor=UNROLL):
         w = _load_words(words_at + block * 1024, n_ok, EVEN)
@@ -246,10 +250,22 @@ def _matmul_kernel(
             acc = tl.dot(weight, x, acc)
         else:
             acc += tl.dot(weight, x) * meta.to(tl.int16).to(weight.dtype, bitcast=True).to(tl.float32)
+        if PAIR:
+            other = tl.trans(tl.load(x_at + BLOCK_M * K + block * 128, mask=other_ok, other=0.0))
+            if SCALED:
+                other_acc = tl.dot(weight, other, other_acc)
+            else:
+                scale = meta.to(tl.int16).to(weight.dtype, bitcast=True).to(tl.float32)
+                other_acc += tl.dot(weight, other) * scale
     if HAS_BIAS:
-        acc += tl.load(bias_ptr + n, mask=n_ok, other=0.0).to(tl.float32)[:, None]
+        bias = tl.load(bias_ptr + n, mask=n_ok, other=0.0).to(tl.float32)[:, None]
+        acc += bias
+        other_acc += bias
     out_at = out_ptr + (split * M + m[None, :]) * N + n[:, None]
     tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=(m < M)[None, :] & n_ok[:, None])
+    if PAIR:
+        there = (m + BLOCK_M < M)[None, :] & n_ok[:, None]
+        tl.store(out_at + BLOCK_M * N, other_acc.to(out_ptr.dtype.element_ty), mask=there)
 
 
 @triton.jit
@@ -319,11 +335,12 @@ def int4_matmul(
     else:
         out = torch.empty((m, n), dtype=x.dtype, device=x.device)
     overlap = x.is_cuda and overlaps()
-    _matmul_kernel[(triton.cdiv(n, tuning.block_n), split, triton.cdiv(m, tuning.block_m))](
+    rows = tuning.block_m * (2 if tuning.pair else 1)
+    _matmul_kernel[(triton.cdiv(n, tuning.block_n), split, triton.cdiv(m, rows))](
         x, words, meta, bias if bias is not None else x, out, m, n, k,
         GROUP=group, HAS_BIAS=bias is not None, SPLIT=split, SCALED=group < BLOCK or tuning.scaled,
         EVEN=n % tuning.block_n == 0, BLOCK_M=tuning.block_m, BLOCK_N=tuning.block_n, STAGES=tuning.stages,
-        PREFETCH=tuning.prefetch if overlap else 0, UNROLL=tuning.unroll, ASM=x.is_cuda, OVERLAP=overlap,
+        PREFETCH=tuning.prefetch if overlap else 0, PAIR=tuning.pair, UNROLL=tuning.unroll, ASM=x.is_cuda, OVERLAP=overlap,
         num_warps=tuning.warps, **launch_options(overlap),
     )  # fmt: skip
     return out
