@@ -340,8 +340,8 @@ def int4_matmul(
         x, words, meta, bias if bias is not None else x, out, m, n, k,
         GROUP=group, HAS_BIAS=bias is not None, SPLIT=split, SCALED=group < BLOCK or tuning.scaled,
         EVEN=n % tuning.block_n == 0, BLOCK_M=tuning.block_m, BLOCK_N=tuning.block_n, STAGES=tuning.stages,
-        PREFETCH=tuning.prefetch if overlap else 0, PAIR=tuning.pair, UNROLL=tuning.unroll, ASM=x.is_cuda, OVERLAP=overlap,
-        num_warps=tuning.warps, **launch_options(overlap),
+        PREFETCH=tuning.prefetch if overlap else 0, PAIR=tuning.pair, UNROLL=tuning.unroll, ASM=x.is_cuda,
+        OVERLAP=overlap, num_warps=tuning.warps, **launch_options(overlap),
     )  # fmt: skip
     return out
 
