@@ -293,7 +293,9 @@ def choose(m: int, n: int, k: int, parts: bool = False) -> Tuning:
     if m > 16:
         few = m <= 64
         split = max(1, min(k // BLOCK // 4, 7 if few else 4)) if parts and n < 16384 else 1
-        return Tuning(64 if split == 1 else 128, split, warps=4, stages=4, block_m=64)
+        if split == 1 or n > k:
+            return Tuning(64, split, warps=4, stages=3, block_m=64)
+        return Tuning(128, split, warps=4, stages=4, block_m=64)
     if not parts:
         return Tuning(64, 1, warps=4, stages=4, prefetch=4)
     if n >= 16384:
