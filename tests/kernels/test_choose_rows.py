@@ -78,6 +78,7 @@ def test_drawn(seed: int, device: torch.device, rows: int, vocab: int, floors: b
     keys = torch.tensor([rng.randrange(-(2**63), 2**63) for _ in range(rows)])
     floor = torch.tensor([rng.choice([-9.0, 0.0]) for _ in range(rows)])
     scaled = logits / temperature.clamp(min=1e-9).unsqueeze(1)
+    floor = torch.minimum(floor, scaled.amax(1))
     barred = scaled < floor.unsqueeze(1) if floors else torch.zeros_like(scaled, dtype=torch.bool)
     noise = exponential(keys.unsqueeze(1), torch.arange(vocab)).double()
     scores = (scaled.double() - noise.log()).masked_fill_(barred, float("-inf"))
