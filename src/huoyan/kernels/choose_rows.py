@@ -77,8 +77,8 @@ def _chunk_kernel(
 
 @triton.jit
 def _join_kernel(
-    tops_ptr, tokens_ptr, sums_ptr, scores_ptr, drawn_ptr, own_ptr, temperature_ptr, ids_ptr, logprobs_ptr, parts, vocab,
-    PADDED: tl.constexpr, DRAWS: tl.constexpr,
+    tops_ptr, tokens_ptr, sums_ptr, scores_ptr, drawn_ptr, own_ptr, temperature_ptr, ids_ptr, logprobs_ptr, parts,
+    vocab, PADDED: tl.constexpr, DRAWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     part = tl.arange(0, PADDED)
@@ -105,8 +105,8 @@ def _join_kernel(
 
 
 def choose_rows(logits: Tensor, draws: Draws | None = None, index: Tensor | None = None) -> Tensor:
-    """int32 [3 R] of rows `index`, int64 [R], of logits [rows, vocab] of any float dtype (None: all of them): the bits of
-    R ids (int64), then those of R log-probabilities (float32), so that one copy brings both to the host.
+    """int32 [3 R] of rows `index`, int64 [R], of logits [rows, vocab] of any float dtype (None: all of them): the bits
+    of R ids (int64), then those of R log-probabilities (float32), so that one copy brings both to the host.
 
     Log-probabilities are those of the logits as they are. Of equal logits the lowest id is the likeliest.
     """

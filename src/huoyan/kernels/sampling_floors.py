@@ -111,8 +111,8 @@ def sampling_floors(
     min_p: Tensor,
     index: Tensor | None = None,
 ) -> Tensor:
-    """float32 [R]: of rows `index`, int64 [R], of logits [rows, vocab] of any float dtype (None: all) over the temperature, the least that
-    may be drawn; -inf where all may.
+    """float32 [R]: of rows `index`, int64 [R], of logits [rows, vocab] of any float dtype (None: all), over the
+    temperature, the least that may be drawn; -inf where all may.
 
     All the others [R]: float32, top_k int32. A temperature of 0, a top_k of 0 or less, a top_p of 1 and a min_p of 0
     stand for none.
