@@ -187,11 +187,12 @@ class LLM:
             yield from drive(self._open(), jobs, Inline(), raise_errors=True)
 
     def run_jobs(
-        self, jobs: Iterable[Job | None], *, concurrency: int | None = None
+        self, jobs: Iterable[Job | None], *, concurrency: int | None = None, streamed: bool = True
     ) -> Iterator[RequestOutput]:
-        """Run requests as they are read from `jobs`, yielding every output as it comes."""
+        """Run requests as they are read from `jobs`, yielding every output as it comes; without `streamed` the last of
+        each is enough."""
         with self._turn:
-            yield from drive(self._open(), jobs, self._pool, concurrency=concurrency)
+            yield from drive(self._open(), jobs, self._pool, concurrency=concurrency, streamed=streamed)
 
     def beam_search(
         self, prompts: Any, params: BeamSearchParams, use_tqdm: bool | Callable[..., Any] = False
