@@ -28,7 +28,7 @@ class Draws:
     keys: Tensor
     """int64, of `huoyan.engine.noise.mix`."""
     floors: Tensor | None = None
-    """float32: tokens whose logit over the temperature is below may not be drawn."""
+    """float32: tokens whose logit is below may not be drawn."""
 
 
 @triton.jit
@@ -64,10 +64,9 @@ def _chunk_kernel(
     if DRAWS:
         temperature = tl.load(temperature_ptr + row)
         if temperature > 0:
-            scaled = x / temperature
-            score = scaled - _log_noise(tl.load(keys_ptr + row), token)
+            score = x / temperature - _log_noise(tl.load(keys_ptr + row), token)
             if FLOORS:
-                score = tl.where(scaled < tl.load(floors_ptr + row), float("-inf"), score)
+                score = tl.where(x < tl.load(floors_ptr + row), float("-inf"), score)
             best = tl.max(score, axis=0)
             drawn = tl.min(tl.where(score == best, token, _NONE), axis=0)
             tl.store(scores_ptr + at, best)

@@ -29,17 +29,17 @@ def _value(ordered):
 
 
 @triton.jit
-def _load(row_ptr, first, vocab, temperature, BLOCK: tl.constexpr):
+def _load(row_ptr, first, vocab, BLOCK: tl.constexpr):
     token = first + tl.arange(0, BLOCK)
-    return tl.load(row_ptr + token, mask=token < vocab, other=float("-inf")).to(tl.float32) / temperature
+    return tl.load(row_ptr + token, mask=token < vocab, other=float("-inf")).to(tl.float32)
 
 
 @triton.jit
 def _search(
-    row_ptr, vocab, temperature, top, least, wanted, WEIGHTS: tl.constexpr, BLOCK: tl.constexpr
+    row_ptr, vocab, sharpness, top, least, wanted, WEIGHTS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """The largest value at and above which there are tokens enough: `wanted` of them, or of their weights
-    exp(x - top) where `WEIGHTS`. Tokens below `least` do not count."""
+    exp((x - top) * sharpness) where `WEIGHTS`. Tokens below `least` do not count."""
     found = tl.full((), 0, tl.uint32)
     bit = tl.full((), 0x40000000, tl.uint32)
     for _ in range(16):
@@ -50,8 +50,8 @@ def _search(
         of_two = tl.zeros((BLOCK,), dtype=tl.float32)
         of_three = tl.zeros((BLOCK,), dtype=tl.float32)
         for first in range(0, vocab, BLOCK):
-            x = _load(row_ptr, first, vocab, temperature, BLOCK)
-            weight = tl.exp(x - top) if WEIGHTS else tl.full((BLOCK,), 1.0, tl.float32)
+            x = _load(row_ptr, first, vocab, BLOCK)
+            weight = tl.exp((x - top) * sharpness) if WEIGHTS else tl.full((BLOCK,), 1.0, tl.float32)
             weight = tl.where((x >= least) & (first + tl.arange(0, BLOCK) < vocab), weight, 0.0)
             key = _ordered(x)
             of_one += tl.where(key >= one, weight, 0.0)
@@ -83,23 +83,22 @@ def _kernel(
         if by_count | (top_p < 1) | (min_p > 0):
             source = tl.load(index_ptr + row) if INDEXED else row
             row_ptr = logits_ptr + source * stride
+            sharpness = 1.0 / temperature
             tops = tl.full((BLOCK,), float("-inf"), tl.float32)
             for first in range(0, vocab, BLOCK):
-                tops = tl.maximum(tops, _load(row_ptr, first, vocab, temperature, BLOCK))
+                tops = tl.maximum(tops, _load(row_ptr, first, vocab, BLOCK))
             top = tl.max(tops, axis=0)
             if by_count:
-                floor = _search(row_ptr, vocab, temperature, top, floor, top_k.to(tl.float32), False, BLOCK)
+                floor = _search(row_ptr, vocab, sharpness, top, floor, top_k.to(tl.float32), False, BLOCK)
             if top_p < 1:
                 mass = tl.zeros((BLOCK,), dtype=tl.float32)
                 for first in range(0, vocab, BLOCK):
-                    x = _load(row_ptr, first, vocab, temperature, BLOCK)
-                    mass += tl.where(x >= floor, tl.exp(x - top), 0.0)
+                    x = _load(row_ptr, first, vocab, BLOCK)
+                    mass += tl.where(x >= floor, tl.exp((x - top) * sharpness), 0.0)
                 wanted = tl.sum(mass, axis=0) * top_p
-                floor = tl.maximum(
-                    floor, _search(row_ptr, vocab, temperature, top, floor, wanted, True, BLOCK)
-                )
+                floor = tl.maximum(floor, _search(row_ptr, vocab, sharpness, top, floor, wanted, True, BLOCK))
             if min_p > 0:
-                floor = tl.maximum(floor, top + tl.log(min_p))
+                floor = tl.maximum(floor, top + tl.log(min_p) * temperature)
     tl.store(floors_ptr + row, floor)
 
 
@@ -111,8 +110,8 @@ def sampling_floors(
     min_p: Tensor,
     index: Tensor | None = None,
 ) -> Tensor:
-    """float32 [R]: of rows `index`, int64 [R], of logits [rows, vocab] of any float dtype (None: all), over the
-    temperature, the least that may be drawn; -inf where all may.
+    """float32 [R]: of rows `index`, int64 [R], of logits [rows, vocab] of any float dtype (None: all), the least
+    logit that may be drawn at its temperature; -inf where all may.
 
     All the others [R]: float32, top_k int32. A temperature of 0, a top_k of 0 or less, a top_p of 1 and a min_p of 0
     stand for none.
