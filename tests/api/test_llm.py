@@ -34,6 +34,23 @@ def test_one_prompt_gives_a_list_of_one() -> None:
     assert texts(open_llm().generate({"prompt": "a b"}, PARAMS)) == ["a b"]
 
 
+def test_one_request_is_prepared_in_the_calling_thread_and_several_are_not() -> None:
+    llm = open_llm()
+    frontend = llm._runtime.frontend
+    threads = []
+    prepare = frontend.prepare
+
+    def noted(*arguments: Any) -> Any:
+        threads.append(threading.current_thread())
+        return prepare(*arguments)
+
+    frontend.prepare = noted  # type: ignore[method-assign]
+    llm.generate("a", PARAMS)
+    assert threads.pop() is threading.main_thread()
+    llm.generate(["a", "b"], PARAMS)
+    assert threading.main_thread() not in threads
+
+
 def test_order_is_kept_whatever_takes_long(seed: int) -> None:
     rng = random.Random(seed)
     prompts = [

@@ -7,11 +7,11 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import dataclass
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from huoyan.api.outputs import RequestOutput
 from huoyan.errors import CapacityError, HuoyanError, InputError
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from huoyan.engine.request import EngineRequest
 
 logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 AHEAD = 16
 """Requests whose pictures may be ready before the engine asks: some tens of megabytes of pixels."""
@@ -39,6 +42,18 @@ class Job:
     error: HuoyanError | None = None
 
 
+class Inline(Executor):
+    """Works in the calling thread: for a request by itself, whose first token is not to wait for another thread."""
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        future: Future[T] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
 def default_workers() -> int:
     return min(8, os.cpu_count() or 1)
 
@@ -46,7 +61,7 @@ def default_workers() -> int:
 def drive(
     runtime: Runtime,
     jobs: Iterable[Job | None],
-    pool: ThreadPoolExecutor,
+    pool: Executor,
     *,
     concurrency: int | None = None,
     raise_errors: bool = False,

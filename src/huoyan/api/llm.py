@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from huoyan.api.driver import Job, default_workers, drive
+from huoyan.api.driver import Inline, Job, default_workers, drive
 from huoyan.api.options import parse_options
 from huoyan.api.progress import RequestBar
 from huoyan.api.requests import (
@@ -184,14 +184,15 @@ class LLM:
         params = list_params(sampling_params, 1, self._defaults(sampling_params))
         jobs = chat_jobs(self._ids(1), conversations, params, chat_options(**options))
         with self._turn:
-            yield from drive(self._open(), jobs, self._pool, raise_errors=True)
+            yield from drive(self._open(), jobs, Inline(), raise_errors=True)
 
     def run_jobs(
-        self, jobs: Iterable[Job | None], *, concurrency: int | None = None
+        self, jobs: Iterable[Job | None], *, concurrency: int | None = None, streamed: bool = True
     ) -> Iterator[RequestOutput]:
-        """Run requests as they are read from `jobs`, yielding every output as it comes."""
+        """Run requests as they are read from `jobs`, yielding every output as it comes; without `streamed` the last of
+        each is enough."""
         with self._turn:
-            yield from drive(self._open(), jobs, self._pool, concurrency=concurrency)
+            yield from drive(self._open(), jobs, self._pool, concurrency=concurrency, streamed=streamed)
 
     def beam_search(
         self, prompts: Any, params: BeamSearchParams, use_tqdm: bool | Callable[..., Any] = False
@@ -259,9 +260,10 @@ class LLM:
         self, jobs: list[Job], use_tqdm: bool | Callable[..., Any], raise_on_error: bool
     ) -> list[RequestOutput]:
         last: dict[str, RequestOutput] = {}
+        pool = self._pool if len(jobs) > 1 else Inline()
         with self._turn, RequestBar(len(jobs), use_tqdm) as bar:
             for output in drive(
-                self._open(), jobs, self._pool, raise_errors=raise_on_error, streamed=bar.counts_tokens
+                self._open(), jobs, pool, raise_errors=raise_on_error, streamed=bar.counts_tokens
             ):
                 bar.update(output)
                 if output.finished:

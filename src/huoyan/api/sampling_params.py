@@ -155,11 +155,11 @@ class SamplingParams:
         return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
 
     @property
-    def takes_likeliest(self) -> bool:
-        """Whether the next token of an answer depends on the model's logits alone, and no alternatives are reported."""
+    def is_plain(self) -> bool:
+        """Whether the next token of an answer is the model's likeliest, or drawn from its own logits, whatever the
+        answer has so far, and no alternatives are reported."""
         return (
-            self.temperature < SAMPLING_EPS
-            and not self.use_beam_search
+            not self.use_beam_search
             and not self.logit_bias
             and not self.min_tokens
             and not self.has_penalties

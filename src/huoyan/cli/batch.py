@@ -96,7 +96,7 @@ def batch(
                     kv_cache_dtype=kv_cache_dtype, speculative_config=speculative_config(speculative_ngram),
                 )  # fmt: skip
                 start = time.monotonic()
-                run.run(lambda jobs: llm.run_jobs(jobs, concurrency=concurrency))
+                run.run(lambda jobs: llm.run_jobs(jobs, concurrency=concurrency, streamed=False))
         finally:
             run.close()
     print(_summary(run.progress, time.monotonic() - start), file=sys.stderr)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 
 from huoyan.engine.answer import ChosenToken
-from huoyan.engine.likeliest import LikeliestTokens
 from huoyan.engine.noise import mix
+from huoyan.engine.plain_draws import PlainDraws
+from huoyan.engine.plain_tokens import PlainTokens, chooses_by_kernel
 from huoyan.engine.sampler import (
     BeamCandidates,
     SampledTokens,
@@ -56,7 +57,7 @@ class Choice:
 
     sampled: dict[Group, int] = field(default_factory=dict)
     """How many tokens each group got, in the order in which they stand in `tokens`."""
-    tokens: list[SampledTokens | LikeliestTokens] = field(default_factory=list)
+    tokens: list[SampledTokens | PlainTokens] = field(default_factory=list)
     """A piece of the rows each."""
     candidates: dict[Group, list[BeamCandidates]] = field(default_factory=dict)
     beams: BeamStep | None = None
@@ -95,6 +96,7 @@ class Chooser:
         device_beams: DeviceBeams | None = None,
     ) -> None:
         self._seed = seed
+        self._draws = PlainDraws(seed)
         self._device_beams = device_beams
         self._vocab_size = vocab_size
         self._grammars = GrammarCompiler(tokenizer, vocab_size, stop_token_ids)
@@ -129,10 +131,13 @@ class Chooser:
         """
         drafts = drafts or {}
         choice = Choice()
-        plain = [group for group in rows if group.takes_likeliest and group not in drafts]
+        draws = chooses_by_kernel(logits)
+        plain = [g for g in rows if (g.takes_likeliest or (draws and g.is_plain)) and g not in drafts]
         if plain:
-            index = [rows[group][0] for group in plain]
-            choice.tokens.append(LikeliestTokens(_pick(logits, index)))
+            some, scattered = _where([rows[group][0] for group in plain], logits)
+            sequences = [group.sequences[0] for group in plain]
+            how = self._draws.draws(some, scattered, sequences) if draws else None
+            choice.tokens.append(PlainTokens(some, how, scattered))
             choice.sampled = dict.fromkeys(plain, 1)
             if len(plain) == len(rows):
                 return choice
@@ -290,11 +295,17 @@ def _pieces(
 
 def _pick(logits: Tensor, index: list[int]) -> Tensor:
     """Rows `index` of the logits: where they stand together, as they are."""
+    some, scattered = _where(index, logits)
+    return some if scattered is None else some[scattered]
+
+
+def _where(index: list[int], logits: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Logits, and which of their rows are rows `index` of the given ones, int64 on the device; None for all of them."""
     first = index[0]
     if index == list(range(first, first + len(index))):
-        return logits[first : first + len(index)]
+        return logits[first : first + len(index)], None
     # Not made on the device: that would wait for all that it has to do.
-    return logits[to_device(torch.tensor(index), logits.device)]
+    return logits, to_device(torch.tensor(index), logits.device)
 
 
 def _repeats(group: Group, rows: list[int]) -> list[int]:

@@ -6,8 +6,14 @@ A counter-based generator: the finaliser of splitmix64 (Steele et al. 2014) over
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+import numpy as np
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -21,6 +27,15 @@ def mix(*parts: int) -> int:
     for part in parts:
         state = _mix_one((state + part * _GOLDEN + 1) & _MASK)
     return _signed(state)
+
+
+def mix_further(states: NDArray[np.uint64], parts: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """`mix(*earlier, part)` for many at once, where each of `states` is `mix(*earlier)`."""
+    state = states + parts * np.uint64(_GOLDEN) + np.uint64(1)
+    for shift, multiplier in _ROUNDS:
+        state = (state ^ (state >> np.uint64(shift))) * np.uint64(multiplier)
+    keys: NDArray[np.int64] = (state ^ (state >> np.uint64(_LAST_SHIFT))).view(np.int64)
+    return keys
 
 
 def hash_bits(keys: Tensor, indices: Tensor) -> Tensor:

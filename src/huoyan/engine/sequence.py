@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from huoyan.api.outputs import RequestMetrics
+from huoyan.api.sampling_params import SAMPLING_EPS
 from huoyan.engine.block_hash import ROOT, BlockHasher, SliceRun, slice_runs
 
 if TYPE_CHECKING:
@@ -171,7 +172,9 @@ class Group:
         self._needs_host = bool(
             width > 1 or params.prompt_logprobs is not None or params.structured_outputs is not None
         )
-        self.takes_likeliest = width == 1 and params.takes_likeliest
+        self.is_plain = width == 1 and params.is_plain
+        """Whether it is one sequence whose next token depends on logits, temperature and filters only."""
+        self.takes_likeliest = self.is_plain and params.temperature < SAMPLING_EPS
         """Whether its next token is the likeliest one of the model's, and nothing else is asked about it."""
 
     @property

@@ -1,0 +1,130 @@
+"""A token for each row of logits, the likeliest or one drawn, with its log-probability, in one pass over the logits.
+
+A first kernel takes a chunk of a row: its largest value, where that stands first, its sum of exponentials, and of drawn
+rows the best of the tokens under their noise; a second one joins the chunks of a row. In plain PyTorch it takes many
+passes, and as much memory as the logits. The noise is that of `huoyan.engine.noise`: a token is drawn in proportion to
+exp(x / temperature) where that over its noise, or the difference of their logarithms, is largest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+CHUNK = 4096
+_NONE = tl.constexpr(0x7FFFFFFF)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """How rows are drawn, tensors [R] on the logits' device."""
+
+    temperature: Tensor
+    """float32; 0 where the likeliest token is wanted."""
+    keys: Tensor
+    """int64, of `huoyan.engine.noise.mix`."""
+    floors: Tensor | None = None
+    """float32: tokens whose logit is below may not be drawn."""
+
+
+@triton.jit
+def _log_noise(key, token):
+    """The logarithm of `huoyan.engine.noise.exponential`."""
+    state = key.to(tl.uint64, bitcast=True) + token.to(tl.uint64) * 0x9E3779B97F4A7C15
+    state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9
+    state = (state ^ (state >> 27)) * 0x94D049BB133111EB
+    state = state ^ (state >> 31)
+    uniform = ((state >> 24).to(tl.int64).to(tl.float32) + 0.5) * 9.094947017729282e-13  # 2 ** -40
+    uniform = tl.minimum(uniform, 0.999999940395355)  # 1 - 2 ** -24
+    # 1 - u has no room for a small u, for which three terms of the series are exact.
+    small = uniform * (1.0 + uniform * (0.5 + uniform * 0.3333333333))
+    return tl.log(tl.where(uniform < 0.0009765625, small, -tl.log(1.0 - uniform)))
+
+
+@triton.jit
+def _chunk_kernel(
+    logits_ptr, tops_ptr, tokens_ptr, sums_ptr, scores_ptr, drawn_ptr, own_ptr, temperature_ptr, keys_ptr, floors_ptr,
+    index_ptr, vocab, stride, CHUNK: tl.constexpr, DRAWS: tl.constexpr, FLOORS: tl.constexpr, INDEXED: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    token = part * CHUNK + tl.arange(0, CHUNK)
+    source = tl.load(index_ptr + row) if INDEXED else row
+    x = tl.load(logits_ptr + source * stride + token, mask=token < vocab, other=float("-inf")).to(tl.float32)
+    top = tl.max(x, axis=0)
+    shift = tl.where(top > float("-inf"), top, 0.0)
+    at = row * tl.num_programs(1) + part
+    tl.store(tops_ptr + at, top)
+    tl.store(tokens_ptr + at, tl.min(tl.where(x == top, token, _NONE), axis=0))
+    tl.store(sums_ptr + at, tl.sum(tl.exp(x - shift), axis=0))
+    if DRAWS:
+        temperature = tl.load(temperature_ptr + row)
+        if temperature > 0:
+            score = x / temperature - _log_noise(tl.load(keys_ptr + row), token)
+            if FLOORS:
+                score = tl.where(x < tl.load(floors_ptr + row), float("-inf"), score)
+            best = tl.max(score, axis=0)
+            drawn = tl.min(tl.where(score == best, token, _NONE), axis=0)
+            tl.store(scores_ptr + at, best)
+            tl.store(drawn_ptr + at, drawn)
+            tl.store(own_ptr + at, tl.max(tl.where(token == drawn, x, float("-inf")), axis=0))
+
+
+@triton.jit
+def _join_kernel(
+    tops_ptr, tokens_ptr, sums_ptr, scores_ptr, drawn_ptr, own_ptr, temperature_ptr, ids_ptr, logprobs_ptr, parts,
+    vocab, PADDED: tl.constexpr, DRAWS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    part = tl.arange(0, PADDED)
+    ok = part < parts
+    at = row * parts + part
+    tops = tl.load(tops_ptr + at, mask=ok, other=float("-inf"))
+    top = tl.max(tops, axis=0)
+    shift = tl.where(top > float("-inf"), top, 0.0)
+    tokens = tl.load(tokens_ptr + at, mask=ok, other=_NONE)
+    chosen = tl.min(tl.where(tops == top, tokens, _NONE), axis=0)
+    own = top
+    sums = tl.load(sums_ptr + at, mask=ok, other=0.0)
+    total = tl.sum(sums * tl.exp(tops - shift), axis=0)
+    if DRAWS:  # noqa: SIM102 - known when the kernel is compiled
+        if tl.load(temperature_ptr + row) > 0:
+            scores = tl.load(scores_ptr + at, mask=ok, other=float("-inf"))
+            drawn = tl.load(drawn_ptr + at, mask=ok, other=_NONE)
+            chosen = tl.min(tl.where(scores == tl.max(scores, axis=0), drawn, _NONE), axis=0)
+            owns = tl.load(own_ptr + at, mask=ok, other=float("-inf"))
+            own = tl.max(tl.where(drawn == chosen, owns, float("-inf")), axis=0)
+    # Logits that are no numbers give some token, and not one that there is not: the next step looks it up.
+    tl.store(ids_ptr + row, tl.minimum(chosen, vocab - 1).to(tl.int64))
+    tl.store(logprobs_ptr + row, own - shift - tl.log(total))
+
+
+def choose_rows(logits: Tensor, draws: Draws | None = None, index: Tensor | None = None) -> Tensor:
+    """int32 [3 R] of rows `index`, int64 [R], of logits [rows, vocab] of any float dtype (None: all of them): the bits
+    of R ids (int64), then those of R log-probabilities (float32), so that one copy brings both to the host.
+
+    Log-probabilities are those of the logits as they are. Of equal logits the lowest id is the likeliest.
+    """
+    vocab = logits.shape[1]
+    rows = len(logits if index is None else index)
+    parts = triton.cdiv(vocab, CHUNK)
+    found = torch.empty(3 * rows, dtype=torch.int32, device=logits.device)
+    values = torch.empty((4, rows, parts), dtype=torch.float32, device=logits.device)
+    tops, sums, scores, own = values.unbind(0)
+    tokens, drawn = torch.empty((2, rows, parts), dtype=torch.int32, device=logits.device).unbind(0)
+    temperature, keys, floors = (draws.temperature, draws.keys, draws.floors) if draws else (tops, tops, None)
+    _chunk_kernel[(rows, parts)](
+        logits, tops, tokens, sums, scores, drawn, own, temperature, keys, tops if floors is None else floors,
+        tokens if index is None else index, vocab, logits.stride(0), CHUNK=CHUNK, DRAWS=draws is not None,
+        FLOORS=floors is not None, INDEXED=index is not None, num_warps=8,
+    )  # fmt: skip
+    ids, logprobs = found[: 2 * rows].view(torch.int64), found[2 * rows :].view(torch.float32)
+    _join_kernel[(rows,)](
+        tops, tokens, sums, scores, drawn, own, temperature, ids, logprobs, parts, vocab,
+        PADDED=triton.next_power_of_2(parts), DRAWS=draws is not None, num_warps=1,
+    )  # fmt: skip
+    return found
