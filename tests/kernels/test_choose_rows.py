@@ -52,6 +52,28 @@ def test_likeliest(seed: int, device: torch.device, rows: int, vocab: int, dtype
     torch.testing.assert_close(some[1], same[1], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("with_draws", [False, True])
+def test_barred_tokens_are_not_chosen(seed: int, device: torch.device, with_draws: bool) -> None:
+    rows, vocab = 5, CHUNK + 30
+    logits = random_logits(seed, rows, vocab).to(device)
+    best = logits.topk(3).indices
+    barred = torch.full((rows, 4), -1, dtype=torch.int32, device=device)
+    barred[1, 2], barred[2, :3], barred[4, 0] = best[1, 0], best[2], best[4, 1]
+    g = torch.Generator().manual_seed(seed)
+    keys = torch.randint(1 << 40, (rows,), generator=g).to(device)
+    draws = Draws(torch.tensor([0.0, 0.0, 0.0, 0.7, 0.7], device=device), keys) if with_draws else None
+    ids, logprobs = apart(choose_rows(logits, draws, barred=barred))
+    masked = logits.clone()
+    for row in range(rows):
+        masked[row, barred[row][barred[row] >= 0].long()] = float("-inf")
+    greedy = slice(0, 3) if with_draws else slice(0, rows)
+    assert torch.equal(ids[greedy], apart(likeliest_reference(masked))[0][greedy])
+    assert not (ids.unsqueeze(1) == barred).any()
+    # The model's own, what was barred included.
+    own = logits.log_softmax(-1).gather(1, ids.unsqueeze(1)).squeeze(1)
+    torch.testing.assert_close(logprobs, own, atol=1e-5, rtol=1e-5)
+
+
 def test_one_token_that_is_possible(device: torch.device) -> None:
     logits = torch.full((2, CHUNK + 5), float("-inf"), device=device)
     logits[0, CHUNK + 2], logits[1, 0] = -4.0, 7.0

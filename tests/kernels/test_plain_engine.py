@@ -34,6 +34,8 @@ def test_answers_are_those_without(seed: int, monkeypatch: pytest.MonkeyPatch) -
             min_p=rng.choice([0.0, 0.1]),
             seed=rng.choice([None, rng.randrange(99)]),
             max_tokens=rng.choice([2, 7]),
+            min_tokens=rng.choice([0, 0, 2]),
+            stop_token_ids=rng.sample(range(60), 30) if rng.random() < 0.5 else None,
             ignore_eos=True,
             logprobs=rng.choice([None, None, None, 2]),
             repetition_penalty=rng.choice([1.0, 1.0, 1.0, 1.2]),
@@ -43,9 +45,9 @@ def test_answers_are_those_without(seed: int, monkeypatch: pytest.MonkeyPatch) -
     calls = []
     choose = plain_tokens.PlainTokens.__init__
 
-    def noted(self, logits, draws=None, index=None):  # type: ignore[no-untyped-def]
+    def noted(self, logits, draws=None, index=None, barred=None):  # type: ignore[no-untyped-def]
         calls.append(draws is not None)
-        choose(self, logits, draws, index)
+        choose(self, logits, draws, index, barred)
 
     monkeypatch.setattr(plain_tokens.PlainTokens, "__init__", noted)
     for module in (chooser, plain_tokens):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 from dataclasses import replace
 
@@ -463,6 +464,13 @@ def test_pool_keeps_pictures_and_questions_together_for_long(recorder, seed):
             picked.append(kept)
     assert any(kept.gone for kept in picked)
     assert all(not kept.gone for kept in pool.order)
+
+
+def test_what_processes_are_given_can_be_sent_to_them(recorder):
+    """Once it has encoded something: held-out examples are drawn by a pool, which pickles its work."""
+    builder = recorder.builder
+    builder.encode("hello")
+    assert pickle.loads(pickle.dumps(builder)).encode("hello") == builder.encode("hello")
 
 
 def test_worker_processes_deliver_whole_records(recorder):

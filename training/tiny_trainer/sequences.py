@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ STOP = "<|im_end|>"
 
 VIDEO_SLICES = 2
 MANY_FRAMES = 16
+_MOST_ENCODED = 30_000
 
 
 def video_max_slices(frames: int) -> int:
@@ -43,7 +43,7 @@ class SequenceBuilder:
     def __init__(self, folder: Path, rules: SliceRules) -> None:
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.rules = rules
-        self._encoded = lru_cache(maxsize=30_000)(self._encode)
+        self._encoded: dict[str, tuple[int, ...]] = {}
         self.slot_id = self._special("<unk>")
         self.stop_id = self._special(STOP)
 
@@ -54,8 +54,14 @@ class SequenceBuilder:
         return int(found)
 
     def encode(self, text: str) -> list[int]:
-        # Pictures' placeholders and questions come again and again.
-        return list(self._encoded(text))
+        # Pictures' placeholders and questions come again and again. (A cache of functools could not be pickled, as this
+        # is for the processes that draw held-out examples.)
+        found = self._encoded.get(text)
+        if found is None:
+            if len(self._encoded) >= _MOST_ENCODED:
+                self._encoded.clear()
+            found = self._encoded[text] = self._encode(text)
+        return list(found)
 
     def _encode(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode(text, add_special_tokens=False).ids)

@@ -52,6 +52,7 @@ class LLM:
         limit_mm_per_prompt: `{"image": 4}` refuses prompts with more.
         seed: what sampling without a seed of its own starts from.
         enforce_eager: no CUDA graphs.
+        capture_at_start: False captures CUDA graphs when they are needed again and again, not before the first request.
         quantization: int4 is read from the checkpoint's files; `awq` is accepted for clarity.
         hub, revision, download_dir: where a hub name comes from and goes to.
         load_format: `dummy` makes random weights up (to measure speed).

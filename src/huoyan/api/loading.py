@@ -101,6 +101,7 @@ def engine_config(folder: Path, options: EngineOptions, **changes: Any) -> Engin
         "max_slice_patches": MAX_SLICE_GROWTH * (rules.scale_resolution // rules.patch_size) ** 2,
         "enable_prefix_caching": options.enable_prefix_caching,
         "enforce_eager": options.enforce_eager,
+        "capture_at_start": options.capture_at_start,
         "kv_cache_dtype": options.kv_cache_dtype,
         "speculation": NgramSpeculation.parse(options.speculative_config),
         "seed": options.seed,

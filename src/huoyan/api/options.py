@@ -47,6 +47,9 @@ class EngineOptions:
     max_num_batched_tokens: int | None = None
     enable_prefix_caching: bool = True
     enforce_eager: bool = False
+    capture_at_start: bool = True
+    """On CUDA: capture the graphs of all sizes before the first request (some seconds), or each when its size comes
+    again and again."""
     quantization: str | None = None
     hub: str = "huggingface"
     revision: str | None = None

@@ -157,11 +157,10 @@ class SamplingParams:
     @property
     def is_plain(self) -> bool:
         """Whether the next token of an answer is the model's likeliest, or drawn from its own logits, whatever the
-        answer has so far, and no alternatives are reported."""
+        answer has so far, and no alternatives are reported. `min_tokens` alone may bar tokens that end it."""
         return (
             not self.use_beam_search
             and not self.logit_bias
-            and not self.min_tokens
             and not self.has_penalties
             and self.structured_outputs is None
             and self.logprobs is None

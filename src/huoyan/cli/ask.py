@@ -150,6 +150,7 @@ def ask(
         speculative_config=speculative_config(speculative_ngram),
         gpu_memory=gpu_memory,
         max_num_seqs=max(beam or 1, 8),
+        capture_at_start=False,
         engine=engine,
         tensor_parallel_size=tensor_parallel_size,
         pipeline_parallel_size=pipeline_parallel_size,

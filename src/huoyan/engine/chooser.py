@@ -132,12 +132,16 @@ class Chooser:
         drafts = drafts or {}
         choice = Choice()
         draws = chooses_by_kernel(logits)
-        plain = [g for g in rows if (g.takes_likeliest or (draws and g.is_plain)) and g not in drafts]
+        plain = [
+            g
+            for g in rows
+            if (g.takes_likeliest or (draws and (g.is_plain or g.takes_likeliest_but))) and g not in drafts
+        ]
         if plain:
             some, scattered = _where([rows[group][0] for group in plain], logits)
             sequences = [group.sequences[0] for group in plain]
             how = self._draws.draws(some, scattered, sequences) if draws else None
-            choice.tokens.append(PlainTokens(some, how, scattered))
+            choice.tokens.append(PlainTokens(some, how, scattered, _barred(sequences, logits.device)))
             choice.sampled = dict.fromkeys(plain, 1)
             if len(plain) == len(rows):
                 return choice
@@ -297,6 +301,23 @@ def _pick(logits: Tensor, index: list[int]) -> Tensor:
     """Rows `index` of the logits: where they stand together, as they are."""
     some, scattered = _where(index, logits)
     return some if scattered is None else some[scattered]
+
+
+def _barred(sequences: list[Sequence], device: torch.device) -> Tensor | None:
+    """int32 [sequences, most]: what each may not say before its `min_tokens`, filled up with -1; None for nothing."""
+    held = [
+        tuple(seq.answer.rules.held_back)
+        if seq.group.takes_likeliest_but and seq.num_outputs - 1 < seq.group.params.min_tokens
+        else ()
+        for seq in sequences
+    ]
+    # A power of two, so that the kernel has few forms.
+    most = max(map(len, held))
+    if not most:
+        return None
+    width = 1 << (most - 1).bit_length()
+    table = torch.tensor([[*ids, *[-1] * (width - len(ids))] for ids in held], dtype=torch.int32)
+    return to_device(table, device)
 
 
 def _where(index: list[int], logits: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -50,6 +50,9 @@ class EngineConfig:
     """Keep computed blocks for later requests that begin alike."""
     enforce_eager: bool = False
     """No CUDA graphs: each kernel of a decode step is launched by the host."""
+    capture_at_start: bool = False
+    """Capture all CUDA graphs before the first request, some seconds in all, and not when their sizes come again and
+    again: for engines that are to serve many requests."""
     run_ahead: bool | None = None
     """Launch a step before the host has seen the tokens of the one before. None: where the device runs beside
     the host and our kernels serve it."""

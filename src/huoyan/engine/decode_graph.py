@@ -84,11 +84,19 @@ class DecodeGraphs:
         size = self._chosen_size(count)
         assert size is not None, "asked without `fits`"
         if size not in self._graphs:
-            graph = _Graph(self._model, self._cache, self._hidden[:size], self._inputs[:size])
-            graph.capture(self._pool)
-            self._pool = graph.pool
-            self._graphs[size] = graph
+            self._capture(size)
         return self._model.head(self._graphs[size].replay(batch, late, moves)[:count])
+
+    def capture_all(self) -> None:
+        """Every size, the largest first: the others find room in its memory."""
+        for size in reversed(self._sizes):
+            self._capture(size)
+
+    def _capture(self, size: int) -> None:
+        graph = _Graph(self._model, self._cache, self._hidden[:size], self._inputs[:size])
+        graph.capture(self._pool)
+        self._pool = graph.pool
+        self._graphs[size] = graph
 
 
 class _Graph:

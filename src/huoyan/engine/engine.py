@@ -134,6 +134,9 @@ class Engine:
         if self._stream is not None:
             # Weights may still be on their way there.
             self._stream.wait_stream(torch.cuda.current_stream(model.device))
+        if self.config.capture_at_start and self._stream is not None:
+            with torch.cuda.stream(self._stream):
+                self._capture_all()
         stops = frozenset(self._stop_token_ids) | (
             {eos_token_id} if eos_token_id is not None else frozenset()
         )
@@ -144,6 +147,12 @@ class Engine:
         self._steps = self._prompt_tokens = self._generated_tokens = self._preemptions = 0
         self._ended: list[RequestOutput] = []
         """Outputs of requests that ended outside of a step."""
+
+    def _capture_all(self) -> None:
+        try:
+            self.runner.capture_all()
+        except RuntimeError as error:
+            log.warning("CUDA graphs are captured when they are needed: %s", str(error).splitlines()[0])
 
     # -- Backend --------------------------------------------------------------------------------------------
 

@@ -51,7 +51,7 @@ class PlainDraws:
         from huoyan.kernels.choose_rows import Draws
         from huoyan.kernels.sampling_floors import sampling_floors
 
-        if all(seq.group.takes_likeliest for seq in sequences):
+        if all(seq.group.takes_likeliest or seq.group.takes_likeliest_but for seq in sequences):
             return None
         kept = self._kept
         if kept is None or kept.sequences != sequences:

@@ -28,14 +28,21 @@ class PlainTokens:
     """See `huoyan.engine.sampler.SampledTokens`: `ids` int64 [R] on the device at once, the rest when it is read."""
 
     @torch.inference_mode()
-    def __init__(self, logits: Tensor, draws: Draws | None = None, index: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        logits: Tensor,
+        draws: Draws | None = None,
+        index: Tensor | None = None,
+        barred: Tensor | None = None,
+    ) -> None:
         """`logits`: [rows, vocab], as the model has them; `index`: which of its rows, int64 [R], None for all;
-        `draws`: of rows that are drawn, where kernels do it."""
+        `draws`: of rows that are drawn, `barred`: int32 [R, B], tokens that are not to be chosen (-1: none), both
+        where kernels choose."""
         self._rows = len(logits if index is None else index)
-        if draws is not None or chooses_by_kernel(logits):
+        if draws is not None or barred is not None or chooses_by_kernel(logits):
             from huoyan.kernels.choose_rows import choose_rows
 
-            found = choose_rows(logits, draws, index)
+            found = choose_rows(logits, draws, index, barred)
         else:
             found = likeliest_reference(logits, index)
         self.ids = found[: 2 * self._rows].view(torch.int64)

@@ -54,19 +54,28 @@ class PrefillGraphs:
         if size not in self._graphs:
             self._graphs[size] = None
             return None
-        graph = self._graphs[size]
-        if graph is None:
-            try:
-                graph = _Graph(self._model, self._cache, self._x[:size], self._hidden[:size])
-                graph.capture(self._pool)
-            except RuntimeError as error:
-                # Memory above all. What was captured goes too: the pool may be what is missing.
-                log.warning("prompts are not captured as CUDA graphs: %s", str(error).splitlines()[0])
-                self._gave_up = True
-                self._graphs.clear()
-                return None
-            self._graphs[size] = graph
-        return graph.replay(batch, x)
+        graph = self._graphs[size] or self._capture(size)
+        return None if graph is None else graph.replay(batch, x)
+
+    def capture_all(self) -> None:
+        """Every number of tokens, the largest first: the others find room in its memory."""
+        if not self._cache.format.group:
+            for size in reversed(PREFILL_GRAPH_TOKENS):
+                if not self._gave_up:
+                    self._capture(size)
+
+    def _capture(self, size: int) -> _Graph | None:
+        try:
+            graph = _Graph(self._model, self._cache, self._x[:size], self._hidden[:size])
+            graph.capture(self._pool)
+        except RuntimeError as error:
+            # Memory above all. What was captured goes too: the pool may be what is missing.
+            log.warning("prompts are not captured as CUDA graphs: %s", str(error).splitlines()[0])
+            self._gave_up = True
+            self._graphs.clear()
+            return None
+        self._graphs[size] = graph
+        return graph
 
     @property
     def num_captured(self) -> int:

@@ -101,6 +101,14 @@ class Runner:
         """Copies on write so far."""
 
     @torch.inference_mode()
+    def capture_all(self) -> None:
+        """Capture the graphs of all sizes, where there are graphs."""
+        if self._graphs is not None:
+            self._graphs.capture_all()
+        if self._prefill_graphs is not None:
+            self._prefill_graphs.capture_all()
+
+    @torch.inference_mode()
     def encode(self, pictures: Sequence[PreparedPicture], beside: bool = True) -> dict[bytes, Exception]:
         """Encode pictures into the cache, several at once; `beside` decodes, where there are any. Returns those that
         failed, by key."""

@@ -172,10 +172,13 @@ class Group:
         self._needs_host = bool(
             width > 1 or params.prompt_logprobs is not None or params.structured_outputs is not None
         )
-        self.is_plain = width == 1 and params.is_plain
+        greedy = params.temperature < SAMPLING_EPS
+        self.is_plain = width == 1 and params.is_plain and not params.min_tokens
         """Whether it is one sequence whose next token depends on logits, temperature and filters only."""
-        self.takes_likeliest = self.is_plain and params.temperature < SAMPLING_EPS
+        self.takes_likeliest = self.is_plain and greedy
         """Whether its next token is the likeliest one of the model's, and nothing else is asked about it."""
+        self.takes_likeliest_but = width == 1 and params.is_plain and greedy and bool(params.min_tokens)
+        """The same, but that there are tokens which may not be chosen before `min_tokens`."""
 
     @property
     def live_answers(self) -> list[Answer]:

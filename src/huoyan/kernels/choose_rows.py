@@ -48,7 +48,8 @@ def _log_noise(key, token):
 @triton.jit
 def _chunk_kernel(
     logits_ptr, tops_ptr, tokens_ptr, sums_ptr, scores_ptr, drawn_ptr, own_ptr, temperature_ptr, keys_ptr, floors_ptr,
-    index_ptr, vocab, stride, CHUNK: tl.constexpr, DRAWS: tl.constexpr, FLOORS: tl.constexpr, INDEXED: tl.constexpr,
+    index_ptr, barred_ptr, vocab, stride, CHUNK: tl.constexpr, DRAWS: tl.constexpr, FLOORS: tl.constexpr,
+    INDEXED: tl.constexpr, BARRED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
@@ -61,23 +62,27 @@ def _chunk_kernel(
     tl.store(tops_ptr + at, top)
     tl.store(tokens_ptr + at, tl.min(tl.where(x == top, token, _NONE), axis=0))
     tl.store(sums_ptr + at, tl.sum(tl.exp(x - shift), axis=0))
-    if DRAWS:
-        temperature = tl.load(temperature_ptr + row)
-        if temperature > 0:
-            score = x / temperature - _log_noise(tl.load(keys_ptr + row), token)
-            if FLOORS:
-                score = tl.where(x < tl.load(floors_ptr + row), float("-inf"), score)
-            best = tl.max(score, axis=0)
-            drawn = tl.min(tl.where(score == best, token, _NONE), axis=0)
-            tl.store(scores_ptr + at, best)
-            tl.store(drawn_ptr + at, drawn)
-            tl.store(own_ptr + at, tl.max(tl.where(token == drawn, x, float("-inf")), axis=0))
+    if DRAWS or BARRED:
+        score = x
+        if DRAWS:
+            temperature = tl.load(temperature_ptr + row)
+            if temperature > 0:
+                score = x / temperature - _log_noise(tl.load(keys_ptr + row), token)
+                if FLOORS:
+                    score = tl.where(x < tl.load(floors_ptr + row), float("-inf"), score)
+        for i in tl.static_range(BARRED):
+            score = tl.where(token == tl.load(barred_ptr + row * BARRED + i), float("-inf"), score)
+        best = tl.max(score, axis=0)
+        chosen = tl.min(tl.where(score == best, token, _NONE), axis=0)
+        tl.store(scores_ptr + at, best)
+        tl.store(drawn_ptr + at, chosen)
+        tl.store(own_ptr + at, tl.max(tl.where(token == chosen, x, float("-inf")), axis=0))
 
 
 @triton.jit
 def _join_kernel(
-    tops_ptr, tokens_ptr, sums_ptr, scores_ptr, drawn_ptr, own_ptr, temperature_ptr, ids_ptr, logprobs_ptr, parts,
-    vocab, PADDED: tl.constexpr, DRAWS: tl.constexpr,
+    tops_ptr, tokens_ptr, sums_ptr, scores_ptr, drawn_ptr, own_ptr, ids_ptr, logprobs_ptr, parts, vocab,
+    PADDED: tl.constexpr, SCORED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     part = tl.arange(0, PADDED)
@@ -91,22 +96,24 @@ def _join_kernel(
     own = top
     sums = tl.load(sums_ptr + at, mask=ok, other=0.0)
     total = tl.sum(sums * tl.exp(tops - shift), axis=0)
-    if DRAWS:  # noqa: SIM102 - known when the kernel is compiled
-        if tl.load(temperature_ptr + row) > 0:
-            scores = tl.load(scores_ptr + at, mask=ok, other=float("-inf"))
-            drawn = tl.load(drawn_ptr + at, mask=ok, other=_NONE)
-            chosen = tl.min(tl.where(scores == tl.max(scores, axis=0), drawn, _NONE), axis=0)
-            owns = tl.load(own_ptr + at, mask=ok, other=float("-inf"))
-            own = tl.max(tl.where(drawn == chosen, owns, float("-inf")), axis=0)
+    if SCORED:
+        scores = tl.load(scores_ptr + at, mask=ok, other=float("-inf"))
+        drawn = tl.load(drawn_ptr + at, mask=ok, other=_NONE)
+        chosen = tl.min(tl.where(scores == tl.max(scores, axis=0), drawn, _NONE), axis=0)
+        owns = tl.load(own_ptr + at, mask=ok, other=float("-inf"))
+        own = tl.max(tl.where(drawn == chosen, owns, float("-inf")), axis=0)
     # Logits that are no numbers give some token, and not one that there is not: the next step looks it up.
     tl.store(ids_ptr + row, tl.minimum(chosen, vocab - 1).to(tl.int64))
     tl.store(logprobs_ptr + row, own - shift - tl.log(total))
 
 
-def choose_rows(logits: Tensor, draws: Draws | None = None, index: Tensor | None = None) -> Tensor:
+def choose_rows(
+    logits: Tensor, draws: Draws | None = None, index: Tensor | None = None, barred: Tensor | None = None
+) -> Tensor:
     """int32 [3 R] of rows `index`, int64 [R], of logits [rows, vocab] of any float dtype (None: all of them): the bits
     of R ids (int64), then those of R log-probabilities (float32), so that one copy brings both to the host.
 
+    `barred`: int32 [R, B], tokens that are not to be chosen, filled up with -1; no floor is looked for without them.
     Log-probabilities are those of the logits as they are. Of equal logits the lowest id is the likeliest.
     """
     vocab = logits.shape[1]
@@ -119,12 +126,13 @@ def choose_rows(logits: Tensor, draws: Draws | None = None, index: Tensor | None
     temperature, keys, floors = (draws.temperature, draws.keys, draws.floors) if draws else (tops, tops, None)
     _chunk_kernel[(rows, parts)](
         logits, tops, tokens, sums, scores, drawn, own, temperature, keys, tops if floors is None else floors,
-        tokens if index is None else index, vocab, logits.stride(0), CHUNK=CHUNK, DRAWS=draws is not None,
-        FLOORS=floors is not None, INDEXED=index is not None, num_warps=8,
+        tokens if index is None else index, tokens if barred is None else barred, vocab, logits.stride(0),
+        CHUNK=CHUNK, DRAWS=draws is not None, FLOORS=floors is not None, INDEXED=index is not None,
+        BARRED=0 if barred is None else barred.shape[1], num_warps=8,
     )  # fmt: skip
     ids, logprobs = found[: 2 * rows].view(torch.int64), found[2 * rows :].view(torch.float32)
     _join_kernel[(rows,)](
-        tops, tokens, sums, scores, drawn, own, temperature, ids, logprobs, parts, vocab,
-        PADDED=triton.next_power_of_2(parts), DRAWS=draws is not None, num_warps=1,
+        tops, tokens, sums, scores, drawn, own, ids, logprobs, parts, vocab,
+        PADDED=triton.next_power_of_2(parts), SCORED=draws is not None or barred is not None, num_warps=1,
     )  # fmt: skip
     return found

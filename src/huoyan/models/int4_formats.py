@@ -47,7 +47,7 @@ _OTHER_DTYPES = {
 }  # fmt: skip
 _WAY_OUT = "huoyan reads 16-bit weights and int4 as AutoAWQ, GPTQ and compressed-tensors write it"
 Read = Callable[[str], Tensor]
-"""Gives a tensor of the checkpoint by name, on the CPU."""
+"""Gives a tensor of the checkpoint by name; it is taken apart where it lies."""
 
 
 def is_int4(name: str) -> bool:
@@ -120,8 +120,9 @@ def read_int4(
 
 def unpack_nibbles(words: Tensor, order: tuple[int, ...] = tuple(range(8))) -> Tensor:
     """int32 [..., n] -> uint8 [..., 8 n]; nibble k of a word is column order[k] of its eight."""
-    shifts = torch.empty(8, dtype=torch.int32)
-    shifts[list(order)] = torch.arange(0, 32, 4, dtype=torch.int32)
+    shifts = torch.tensor([4 * order.index(column) for column in range(8)], dtype=torch.int32).to(
+        words.device
+    )
     return ((words.unsqueeze(-1) >> shifts) & 15).to(torch.uint8).flatten(-2)
 
 
@@ -156,7 +157,7 @@ def _gptq(
     _check_groups(matrix, "scales", scales, columns, rows)
     _check_groups(matrix, "qzeros", zeros, columns, rows // 8, groups=scales.shape[0])
     group = columns // scales.shape[0]
-    if order is not None and not torch.equal(order.long(), torch.arange(columns) // group):
+    if order is not None and not torch.equal(order.long().cpu(), torch.arange(columns) // group):
         raise ModelError(
             f"{matrix}.g_idx is out of order: GPTQ with desc_act (activation order) is not supported; "
             "use a checkpoint quantized with desc_act false"

@@ -121,6 +121,10 @@ def _fill_from_files(
 
     with TensorReader(checkpoint.tensors) as reader:
 
+        def read(name: str) -> Tensor:
+            # A GPU takes int4 apart and packs it anew twenty times as fast.
+            return reader.read(name).to(device) if device.type == "cuda" else reader.read(name)
+
         def report() -> None:
             if progress is not None:
                 progress(min(reader.bytes_read, checkpoint.nbytes), checkpoint.nbytes)
@@ -137,9 +141,7 @@ def _fill_from_files(
             shape_of = zip(parts.items(), dense.splits, strict=True)
             weight = stack(
                 [
-                    read_int4(
-                        reader.read, names, matrix, (rows, dense.width_in), checkpoint.config.quantization
-                    )
+                    read_int4(read, names, matrix, (rows, dense.width_in), checkpoint.config.quantization)
                     for (matrix, names), rows in shape_of
                 ]
             )
