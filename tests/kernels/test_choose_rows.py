@@ -114,8 +114,11 @@ def test_drawn(seed: int, device: torch.device, rows: int, vocab: int, floors: b
     torch.testing.assert_close(logprobs, logits.log_softmax(1)[at, ids], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("vocab", [7, 2048, 5003])
-def test_floors_are_those_of_sorted_rows(seed: int, device: torch.device, vocab: int) -> None:
+@pytest.mark.parametrize("vocab", [7, 2048, 9003])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_floors_are_those_of_sorted_rows(
+    seed: int, device: torch.device, vocab: int, dtype: torch.dtype
+) -> None:
     rng = random.Random(seed)
     params = [
         SamplingParams(
@@ -126,17 +129,17 @@ def test_floors_are_those_of_sorted_rows(seed: int, device: torch.device, vocab:
         )
         for _ in range(12)
     ]
-    logits = random_logits(seed, len(params), vocab)
+    logits = random_logits(seed, len(params), vocab).to(dtype).float()
     column = [
         torch.tensor([float(getattr(p, name)) for p in params], device=device)
         for name in ("temperature", "top_k", "top_p", "min_p")
     ]
-    got = sampling_floors(logits.to(device), column[0], column[1].int(), *column[2:]).cpu()
+    got = sampling_floors(logits.to(device, dtype), column[0], column[1].int(), *column[2:]).cpu()
     there = torch.randperm(len(params))
-    back = logits[there.argsort()].to(device)
+    back = logits[there.argsort()].to(device, dtype)
     indexed = sampling_floors(back, column[0], column[1].int(), *column[2:], there.to(device))
-    assert not torch.equal(back.cpu(), logits)
-    assert torch.equal(logits[:1], back.cpu()[there][:1])
+    assert not torch.equal(back.cpu().float(), logits)
+    assert torch.equal(logits[:1], back.cpu().float()[there][:1])
     assert torch.equal(indexed.cpu(), got)
     for row, own in zip(range(len(params)), params, strict=True):
         if own.temperature == 0:

@@ -12,7 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 2048
+BLOCK = 8192
+PASSES = {torch.float32: 16, torch.float16: 10, torch.bfloat16: 8}
+"""Two bits each, as many as tell the numbers of a dtype apart: in float32 those of 16 bits have the same last ones."""
 
 
 @triton.jit
@@ -36,13 +38,13 @@ def _load(row_ptr, first, vocab, BLOCK: tl.constexpr):
 
 @triton.jit
 def _search(
-    row_ptr, vocab, sharpness, top, least, wanted, WEIGHTS: tl.constexpr, BLOCK: tl.constexpr
+    row_ptr, vocab, sharpness, top, least, wanted, WEIGHTS: tl.constexpr, BLOCK: tl.constexpr, PASSES: tl.constexpr
 ):  # fmt: skip
-    """The largest value at and above which there are tokens enough: `wanted` of them, or of their weights
-    exp((x - top) * sharpness) where `WEIGHTS`. Tokens below `least` do not count."""
+    """The largest value, or one between it and the next smaller, at and above which there are tokens enough: `wanted`
+    of them, or of their weights exp((x - top) * sharpness) where `WEIGHTS`. Tokens below `least` do not count."""
     found = tl.full((), 0, tl.uint32)
     bit = tl.full((), 0x40000000, tl.uint32)
-    for _ in range(16):
+    for _ in range(PASSES):
         one = found + bit
         two = one + bit
         three = two + bit
@@ -64,13 +66,14 @@ def _search(
         elif tl.sum(of_one, axis=0) >= wanted:
             found = one
         bit = bit >> 2
-    return _value(found)
+    # What is at or below the place of -inf bars nothing, and would be no number where the last bits are missing.
+    return tl.where(found > 0x007FFFFF, _value(found), float("-inf"))
 
 
 @triton.jit
 def _kernel(
     logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, index_ptr, floors_ptr, vocab, stride,
-    BLOCK: tl.constexpr, INDEXED: tl.constexpr,
+    BLOCK: tl.constexpr, INDEXED: tl.constexpr, PASSES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     temperature = tl.load(temperature_ptr + row)
@@ -89,14 +92,18 @@ def _kernel(
                 tops = tl.maximum(tops, _load(row_ptr, first, vocab, BLOCK))
             top = tl.max(tops, axis=0)
             if by_count:
-                floor = _search(row_ptr, vocab, sharpness, top, floor, top_k.to(tl.float32), False, BLOCK)
+                floor = _search(
+                    row_ptr, vocab, sharpness, top, floor, top_k.to(tl.float32), False, BLOCK, PASSES
+                )
             if top_p < 1:
                 mass = tl.zeros((BLOCK,), dtype=tl.float32)
                 for first in range(0, vocab, BLOCK):
                     x = _load(row_ptr, first, vocab, BLOCK)
                     mass += tl.where(x >= floor, tl.exp((x - top) * sharpness), 0.0)
                 wanted = tl.sum(mass, axis=0) * top_p
-                floor = tl.maximum(floor, _search(row_ptr, vocab, sharpness, top, floor, wanted, True, BLOCK))
+                floor = tl.maximum(
+                    floor, _search(row_ptr, vocab, sharpness, top, floor, wanted, True, BLOCK, PASSES)
+                )
             if min_p > 0:
                 floor = tl.maximum(floor, top + tl.log(min_p) * temperature)
     tl.store(floors_ptr + row, floor)
@@ -120,6 +127,6 @@ def sampling_floors(
     floors = torch.empty(rows, dtype=torch.float32, device=logits.device)
     _kernel[(rows,)](
         logits, temperature, top_k, top_p, min_p, top_k if index is None else index, floors, logits.shape[1],
-        logits.stride(0), BLOCK=BLOCK, INDEXED=index is not None, num_warps=16,
+        logits.stride(0), BLOCK=BLOCK, INDEXED=index is not None, PASSES=PASSES[logits.dtype], num_warps=16,
     )  # fmt: skip
     return floors
