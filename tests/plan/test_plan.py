@@ -195,7 +195,7 @@ def test_a_picture_of_the_plan(huoyan: Command, tmp_path: Path) -> None:
     from PIL import Image
 
     target = tmp_path / "plan.png"
-    done = huoyan("plan", "tiny", "--gpu", "1GiB", "--plot", target)
+    done = huoyan("plan", "tiny", "--gpu", "1.5GiB", "--plot", target)
     assert done.code == 0
     assert done.err.strip() == f"huoyan: wrote {target}"
     pixels = np.asarray(Image.open(target).convert("RGB")).reshape(-1, 3)

@@ -33,9 +33,10 @@ if TYPE_CHECKING:
     from huoyan.models.config import ModelConfig
     from huoyan.planning.shapes import Shape
 
-CUDA_CONTEXT = 448 * MIB
-"""The driver's context with the kernels that get loaded; outside of torch's books. An estimate for torch of CUDA 12
-and 13: a GPU of many processors takes some more, a small one less."""
+CUDA_CONTEXT = 704 * MIB
+"""The driver's context with the kernels that get loaded; outside of torch's books. An H200 with torch of CUDA 13 had
+615 MiB of it before the first weight was there and 753 after a first answer, a few graphs included; a smaller GPU has
+less."""
 CUBLAS = 32 * MIB
 """cuBLAS's workspace on Hopper, the largest; it keeps one for every stream."""
 GRAPH_DRIVER = 4 * MIB
