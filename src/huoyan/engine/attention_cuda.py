@@ -115,11 +115,6 @@ def prefill_groups(batch: Batch, first: int) -> list[tuple[int, int]]:
     return groups
 
 
-def grouped_heads() -> bool:
-    """Whether torch's packed attention takes fewer key heads than query heads; else keys are repeated."""
-    return True
-
-
 class _PrefillPlan:
     """Prefill chunks first to last as one packed call; chunks with a past read it from the cache.
 

@@ -129,9 +129,9 @@ def way_of_model(model: MiniCPMV, config: EngineConfig) -> Way:
     kernels = has_fused_attention(model, KV_CACHE_DTYPES[config.kv_cache_dtype])
     grouped = True
     if kernels:
-        from huoyan.engine.attention_cuda import grouped_heads
+        from huoyan.layers.varlen_attention import takes_grouped_heads
 
-        grouped = grouped_heads()
+        grouped = takes_grouped_heads()
     packings = {module.packing for module in model.modules() if isinstance(module, Int4Linear)}
     return Way(
         itemsize=model.dtype.itemsize,

@@ -40,7 +40,7 @@ def varlen_attention(
     Returns:
         [sum of queries, heads, head_dim]
     """
-    if _operator_fits():
+    if takes_grouped_heads():
         out: Tensor = torch.ops.aten._flash_attention_forward(
             q, k, v, cu_q, cu_k, max_q, max_k, 0.0, causal, False
         )[0]
@@ -59,8 +59,9 @@ def varlen_attention(
 
 
 @lru_cache(maxsize=1)
-def _operator_fits() -> bool:
-    """Whether the operator takes what we give it, tried on a few numbers."""
+def takes_grouped_heads() -> bool:
+    """Whether the operator takes what we give it, fewer key heads than query heads too, tried on a few numbers; else keys
+    and values are repeated."""
     try:
         q = torch.randn(3, 4, 64, device="cuda").half()
         kv = torch.randn(3, 2, 64, device="cuda").half()
