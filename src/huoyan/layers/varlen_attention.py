@@ -60,8 +60,8 @@ def varlen_attention(
 
 @lru_cache(maxsize=1)
 def takes_grouped_heads() -> bool:
-    """Whether the operator takes what we give it, fewer key heads than query heads too, tried on a few numbers; else keys
-    and values are repeated."""
+    """Whether the operator takes what we give it, fewer key heads than query heads among it, tried on a few numbers;
+    else keys and values are repeated."""
     try:
         q = torch.randn(3, 4, 64, device="cuda").half()
         kv = torch.randn(3, 2, 64, device="cuda").half()
