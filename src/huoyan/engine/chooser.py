@@ -95,7 +95,6 @@ class Chooser:
         stop_token_ids: frozenset[int] = frozenset(),
         device_beams: DeviceBeams | None = None,
     ) -> None:
-        self._seed = seed
         self._draws = PlainDraws(seed)
         self._device_beams = device_beams
         self._vocab_size = vocab_size
@@ -265,9 +264,7 @@ class Chooser:
         )
 
     def _key(self, group: Group, index: int, step: int) -> int:
-        seed = group.params.seed
-        own = mix(1, seed) if seed is not None else mix(0, self._seed, group.order)
-        return mix(own, index, step)
+        return mix(self._draws.request_key(group), index, step)
 
     def _state(self, seq: Sequence) -> SequenceState | None:
         group = seq.group

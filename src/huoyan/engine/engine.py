@@ -103,10 +103,11 @@ class Engine:
             model.device,
             self.config.kv_cache_dtype,
         )
+        fused = has_fused_attention(model, cache.format.name)
         graphs = prefills = None
         # Graphs are captured where steps run, and not on the default stream: so steps run on another.
         self._stream: torch.cuda.Stream | None = None
-        if has_fused_attention(model, cache.format.name) and not self.config.enforce_eager:
+        if fused and not self.config.enforce_eager:
             from huoyan.engine.decode_graph import DecodeGraphs
             from huoyan.engine.prefill_graph import PrefillGraphs
 
@@ -115,7 +116,6 @@ class Engine:
             graphs = DecodeGraphs(model, cache, rows, self.size.max_model_len, pool)
             prefills = PrefillGraphs(model, cache, pool)
             self._stream = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
-        fused = has_fused_attention(model, cache.format.name)
         self.run_ahead = fused if self.config.run_ahead is None else self.config.run_ahead
         # On a device without our kernels attention is planned on the host, which must know the beams' blocks.
         on_device = self.run_ahead and (fused or model.device.type == "cpu")
@@ -339,7 +339,7 @@ class Engine:
         try:
             chosen = step.choice.read()
         except Exception as error:
-            self._fail_all({group for group in step.sequences if not group.finished}, error, outputs)
+            self._fail_all({group for group in step.groups if not group.finished}, error, outputs)
             return
         now = monotonic()
         for group, tokens in chosen.items():

@@ -19,11 +19,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class InFlight:
-    """The sequences that get a token, and their tokens as they are on the device."""
+    """The groups that get tokens, and these as they are on the device."""
 
     choice: Choice
-    sequences: dict[Group, list[Sequence]]
-    """Those of each group in the order of its tokens."""
+    groups: list[Group]
     order: list[Sequence | None]
     """Whose each of the choice's `token_ids` is, if it was sampled and nothing was guessed."""
     drafts: dict[Group, tuple[int, ...]] = field(default_factory=dict)
@@ -34,12 +33,11 @@ class InFlight:
         choice: Choice, groups: dict[Group, list[int]], drafts: dict[Group, tuple[int, ...]] | None = None
     ) -> InFlight:
         """`groups`: those of the step, with the rows of their logits."""
-        sequences = {group: group.sequences[: len(own)] for group, own in groups.items()}
         order: list[Sequence | None] = []
         for group, count in choice.sampled.items():
-            own = sequences[group]
+            own = group.sequences[: len(groups[group])]
             order.extend(own if count == len(own) else [None] * count)
-        return InFlight(choice, sequences, order, drafts or {})
+        return InFlight(choice, list(groups), order, drafts or {})
 
     @cached_property
     def rows(self) -> dict[Sequence, int]:

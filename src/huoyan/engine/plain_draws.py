@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from huoyan.engine.sequence import Sequence
+    from huoyan.engine.sequence import Group, Sequence
     from huoyan.kernels.choose_rows import Draws
 
 
@@ -63,12 +63,15 @@ class PlainDraws:
             floors = sampling_floors(logits, kept.temperature, *kept.filters, index)
         return Draws(kept.temperature, to_device(keys, logits.device), floors)
 
+    def request_key(self, group: Group) -> int:
+        """What the keys of a request's draws are made of, with the place of an answer in it and its number of tokens:
+        its seed, or where it has none the engine's and its order."""
+        seed = group.params.seed
+        return mix(1, seed) if seed is not None else mix(0, self._seed, group.order)
+
     def key_state(self, seq: Sequence) -> int:
         """What is mixed with the number of an answer's tokens to make the key of a draw (see `mix`)."""
-        group = seq.group
-        seed = group.params.seed
-        own = mix(1, seed) if seed is not None else mix(0, self._seed, group.order)
-        return mix(own, seq.index)
+        return mix(self.request_key(seq.group), seq.index)
 
     def _keep(self, sequences: list[Sequence], device: torch.device) -> _Kept:
         old = self._kept
