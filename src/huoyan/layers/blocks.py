@@ -12,10 +12,17 @@ from huoyan.planning.pieces import dense_rows
 
 
 def linear_by_blocks(
-    x: Tensor, width_out: int, dense: Callable[[int, int], Tensor], bias: Tensor | None = None
+    x: Tensor,
+    width_out: int,
+    dense: Callable[[int, int], Tensor],
+    bias: Tensor | None = None,
+    rows: int | None = None,
 ) -> Tensor:
-    """x [T, in] times a matrix [width_out, in], of which `dense(start, stop)` gives some rows -> [T, width_out]."""
-    rows = dense_rows(width_out, x.shape[1], x.is_cuda and decode_kernels_enabled())
+    """x [T, in] times a matrix [width_out, in], of which `dense(start, stop)` gives some rows -> [T, width_out].
+
+    `rows`: how many at a time, where they are other than `dense_rows`.
+    """
+    rows = rows or dense_rows(width_out, x.shape[1], x.is_cuda and decode_kernels_enabled())
     if rows >= width_out:
         return nn.functional.linear(x, dense(0, width_out), bias)
     # Filled piece by piece: to join the pieces would take the product's memory twice.

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from huoyan.kernels import decode_kernels_enabled
+from huoyan.layers import int4_cpu
 from huoyan.layers.blocks import linear_by_blocks
 from huoyan.layers.fused import silu_mul
-
-_CPU_GROUPS = (32, 64, 128, 256)
 
 
 @dataclass(frozen=True)
@@ -80,8 +78,8 @@ class Int4Linear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.to(device, dtype), requires_grad=False)
         self.packing = packing_for(weight, device, dtype)
         if self.packing == "cpu":
-            weight = _regroup(weight, max(g for g in _CPU_GROUPS if weight.group_size % g == 0))
-            packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(weight.q.int(), 1)
+            weight = _regroup(weight, max(g for g in int4_cpu.GROUPS if weight.group_size % g == 0))
+            packed = int4_cpu.pack(weight.q)
             offset = (8 - weight.zeros) * weight.scales
             scales = torch.stack((weight.scales, offset), dim=-1).transpose(0, 1).contiguous()
         elif self.packing == "words":
@@ -103,13 +101,12 @@ class Int4Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.width_in)
         if self.packing == "cpu":
-            out = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.packed, self.group_size, self.scales)
-            out = out if self.bias is None else out + self.bias
+            out = int4_cpu.multiply(rows, self.packed, self.scales, self.bias)
         elif self.packing == "words":
             out = self._by_kernel(rows)
         else:
             out = linear_by_blocks(rows, self.width_out, self.weight_rows, self.bias)
-        return cast(Tensor, out).view(*x.shape[:-1], self.width_out)
+        return out.view(*x.shape[:-1], self.width_out)
 
     def parts(self, x: Tensor) -> Tensor:
         """See `huoyan.layers.linear.Linear.parts`."""
@@ -180,7 +177,7 @@ def packing_for(weight: Int4Weight, device: torch.device, dtype: torch.dtype) ->
     """
     rows, columns = weight.q.shape
     group = weight.group_size
-    fits = rows % 16 == 0 and columns % 32 == 0 and group % min(_CPU_GROUPS) == 0
+    fits = rows % 16 == 0 and columns % 32 == 0 and group % min(int4_cpu.GROUPS) == 0
     if device.type == "cpu" and dtype is torch.bfloat16 and fits:
         return "cpu"
     kernels = device.type == "cuda" and decode_kernels_enabled() and dtype in (torch.float16, torch.bfloat16)

@@ -8,8 +8,12 @@ DENSE_VALUES = 1 << 24
 """Values of an int4 matrix that are dequantized."""
 DENSE_VALUES_CUDA = 66 << 20
 """On a GPU, where few outputs leave processors idle: the published model's `down`, half of its `gate_up`."""
+UNPACKED_VALUES = 1 << 20
+"""The same on a CPU in bfloat16, for many rows: what stays in its cache."""
 FEW_ROWS = 192
 """Rows that our int4 kernels multiply without a dense matrix (`huoyan.kernels.int4_matmul.MAX_ROWS`)."""
+FEW_ROWS_CPU = 112
+"""Rows that torch's int4 product multiplies in less time than unpacking takes (`huoyan.layers.int4_cpu`)."""
 PROMPT_LOGITS = 1 << 23
 """Logits of a prompt's own tokens (32 MiB in float32)."""
 CHOICE_LOGITS = 1 << 22
@@ -45,9 +49,16 @@ _TILE = 128
 
 
 def dense_rows(out: int, width: int, kernels: bool) -> int:
-    """Rows of a matrix [out, width] that are dense at a time; `kernels`: on CUDA, with our kernels on.
+    """Rows of a matrix [out, width] that are dense at a time; `kernels`: on CUDA, with our kernels on."""
+    return _rows(out, width, DENSE_VALUES_CUDA if kernels else DENSE_VALUES)
 
-    Pieces are of about one size, in whole tiles of what multiplies them.
-    """
-    pieces = -(-out * width // (DENSE_VALUES_CUDA if kernels else DENSE_VALUES))
+
+def unpacked_rows(out: int, width: int) -> int:
+    """The same of an int4 matrix on a CPU in bfloat16, for many rows."""
+    return _rows(out, width, UNPACKED_VALUES)
+
+
+def _rows(out: int, width: int, values: int) -> int:
+    """In pieces of about one size, in whole tiles of what multiplies them."""
+    pieces = -(-out * width // values)
     return out if pieces <= 1 or out < _TILE else -(-out // pieces // _TILE) * _TILE

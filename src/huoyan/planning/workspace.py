@@ -18,6 +18,7 @@ from huoyan.planning.pieces import (
     BESIDE_SLICES,
     CHOICE_LOGITS,
     FEW_ROWS,
+    FEW_ROWS_CPU,
     GATHER_TOKENS,
     MASK_VALUES,
     NOISE_LOGITS,
@@ -25,6 +26,7 @@ from huoyan.planning.pieces import (
     PROMPT_LOGITS,
     SORTED_LOGITS,
     dense_rows,
+    unpacked_rows,
 )
 from huoyan.planning.sizes import MIB
 
@@ -308,9 +310,11 @@ def _int4(way: Way, rows: int, out: int, width: int) -> int:
         # Sums of programs that share the inputs; a gate's are not parted.
         parts = PARTS if rows <= 16 else 7 if rows <= 64 else 4
         return (parts if out < 2 * width else 2 if rows <= 16 else 0) * rows * out * 4
-    if way.int4 in (None, "cpu") or (way.kernels and way.int4 == "words"):
+    if way.int4 is None or (way.kernels and way.int4 == "words"):
         return 0
-    part = dense_rows(out, width, way.kernels)
+    if way.int4 == "cpu" and rows <= FEW_ROWS_CPU:
+        return 0
+    part = unpacked_rows(out, width) if way.int4 == "cpu" else dense_rows(out, width, way.kernels)
     # From bytes: nibbles apart and together, less their zero points, times their scales.
     each = max(2, 1 + 2 * e)
     return part * (width * each + (0 if way.cuda else rows * e))
