@@ -1,7 +1,7 @@
 """An int4 matrix on a CPU in bfloat16: torch's packed product for a few rows, dense blocks of outputs for many.
 
 torch's product takes as long for a row whatever their number. A matrix product of dense weights takes less than half of
-that, and unpacking as long as some hundred rows; so a prompt goes through dense blocks, one at a time.
+that, and unpacking as long as some hundred rows: so a prompt goes through dense blocks, one at a time.
 """
 
 from __future__ import annotations

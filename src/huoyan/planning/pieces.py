@@ -12,7 +12,7 @@ UNPACKED_VALUES = 1 << 20
 """The same on a CPU in bfloat16, for many rows: what stays in its cache."""
 FEW_ROWS = 192
 """Rows that our int4 kernels multiply without a dense matrix (`huoyan.kernels.int4_matmul.MAX_ROWS`)."""
-FEW_ROWS_CPU = 112
+FEW_ROWS_CPU = 128
 """Rows that torch's int4 product multiplies in less time than unpacking takes (`huoyan.layers.int4_cpu`)."""
 PROMPT_LOGITS = 1 << 23
 """Logits of a prompt's own tokens (32 MiB in float32)."""
