@@ -24,7 +24,8 @@ from tests.cli.conftest import Command
 
 def test_parts_add_up_to_the_card(seed: int) -> None:
     rng = random.Random(seed)
-    budget = rng.randint(1000, 1400) << 20
+    # What goes beside the cache, CUDA's own part above all, takes 1134 MiB.
+    budget = rng.randint(1200, 1600) << 20
     found = package.plan("tiny", budget, max_num_seqs=256)
     assert isinstance(found, Plan)
     assert [variant.name for variant in found.variants] == ["bfloat16", "int4"]

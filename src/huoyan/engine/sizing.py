@@ -176,11 +176,18 @@ def card_state(device: torch.device) -> CardState:
 
 def tensor_bytes(model: MiniCPMV) -> int:
     """Bytes of a model's tensors, each storage counted once, with the tables it makes when first used."""
+    from huoyan.layers.linear import Linear
+
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for tensor in (*model.parameters(), *model.buffers())
     }
-    return sum(storages.values()) + table_bytes(model.config, model.dtype.itemsize)
+    reordered = sum(
+        module.reordered.numel() * module.reordered.element_size()
+        for module in model.modules()
+        if isinstance(module, Linear) and module.reordered is not None
+    )
+    return sum(storages.values()) + reordered + table_bytes(model.config, model.dtype.itemsize)
 
 
 def check_before_loading(

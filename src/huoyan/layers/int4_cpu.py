@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from huoyan.layers.blocks import linear_by_blocks
+from huoyan.layers.cpu import multiplies_bfloat16
 from huoyan.planning.pieces import FEW_ROWS_CPU, unpacked_rows
 
 if TYPE_CHECKING:
@@ -66,8 +67,7 @@ def unpacking_pays() -> bool:
 
     The order is torch's own and another for other vectors: a matrix is packed to see.
     """
-    multiplies = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    if multiplies is None or not multiplies():
+    if not multiplies_bfloat16():
         return False
     q = torch.arange(_BLOCK * 32).mul(7).add(torch.arange(_BLOCK * 32) // 32).remainder(16)
     q = q.view(_BLOCK, 32).to(torch.uint8)
