@@ -43,7 +43,8 @@ class LLM:
     The names and meanings are vLLM's. `model` is a folder, a hub name, `tiny` or `tiny-int4`.
 
     Keyword arguments:
-        dtype: `auto` (the checkpoint's on a GPU, float32 on a CPU), `float32`, `float16`, `bfloat16`.
+        dtype: `auto` (the checkpoint's; on a CPU float32 for small models, else bfloat16), `float32`, `float16`,
+            `bfloat16`.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`.
         max_model_len: tokens of prompt and answer together, at most; None takes the checkpoint's.
         gpu_memory_utilization: the fraction of the card that may be in use, everything together; 1.0 works.
