@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from huoyan.engine.rotated_attention import RotatedAttention
 from huoyan.kernels.paged_decode import paged_decode
-from huoyan.kernels.rope_cache import rope_cache
 from huoyan.layers.packed_attention import to_device
 from huoyan.layers.varlen_attention import varlen_attention
 from huoyan.planning.pieces import GATHER_TOKENS
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from huoyan.engine.batch import Batch
     from huoyan.engine.kv_cache import KVCache, Stored
+    from huoyan.models.minicpmv import MiniCPMV
 
 
 class StepTensors:
@@ -39,49 +40,22 @@ class StepTensors:
         self.block_tables = pieces[3].view(batch.block_tables.shape)
 
 
-class CudaAttention:
+class CudaAttention(RotatedAttention):
     """See `huoyan.models.qwen2.FusedAttend`: attention of one step's batch, decodes first."""
 
-    def __init__(
-        self,
-        cache: KVCache,
-        batch: Batch,
-        tensors: StepTensors,
-        rotary_table: Tensor,
-        heads: int,
-        dtype: torch.dtype,
-    ) -> None:
-        """`rotary_table`: float32 [positions, 2, head_dim / 2]; `dtype`: the model's."""
-        self._dtype = dtype
-        self._cache = cache
+    def __init__(self, model: MiniCPMV, cache: KVCache, batch: Batch, tensors: StepTensors) -> None:
+        super().__init__(model, cache)
         self._tensors = tensors
-        self._table = rotary_table
-        self._heads = heads
         self._decodes = batch.num_decodes
         self._prefills = [
             _PrefillPlan(cache, batch, first, last)
             for first, last in prefill_groups(batch, batch.num_decodes)
         ]
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        raise NotImplementedError("on CUDA rotation and attention are one: rotate_and_attend")
-
     def rotate_and_attend(self, layer: int, qkv: Tensor, bias: Tensor | None) -> Tensor:
         """See `huoyan.models.qwen2.FusedAttend`; qkv is changed."""
+        rows = self._rotate(layer, qkv, bias, self._tensors.positions, self._tensors.slot_mapping)
         keys, values = self._cache.layer(layer)
-        qkv = rope_cache(
-            qkv,
-            self._tensors.positions,
-            self._table,
-            self._tensors.slot_mapping,
-            keys.typed,
-            values.typed,
-            keys.scales,
-            values.scales,
-            bias=bias,
-            dtype=self._dtype,
-        )
-        rows = qkv.unflatten(1, (-1, keys.numbers.shape[3]))
         decodes = self._decodes
         parts = []
         if decodes:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from huoyan.engine.graph_stream import capture_stream
+from huoyan.engine.rotated_attention import RotatedAttention
 from huoyan.kernels.paged_decode import paged_decode
-from huoyan.kernels.rope_cache import rope_cache
 from huoyan.planning.graphs import graph_sizes
 
 if TYPE_CHECKING:
@@ -163,26 +163,23 @@ class _Graph:
         self._hidden.copy_(self._model.decoder(x, positions, attend))
 
 
-class _GraphAttention:
+class _GraphAttention(RotatedAttention):
     """See `huoyan.models.qwen2.FusedAttend`: every row is a decode."""
 
     def __init__(self, model: MiniCPMV, cache: KVCache, inputs: Tensor) -> None:
-        self._cache = cache
-        self._heads = model.config.text.num_attention_heads
-        self._dtype = model.dtype
-        self._table = model.llm.model.rotary.table(inputs.device)
+        super().__init__(model, cache)
         self._positions, self._slots, self._lengths = (inputs[:, i].contiguous() for i in (1, 2, 3))
         self._blocks = inputs[:, 4:]
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        raise NotImplementedError("on CUDA rotation and attention are one: rotate_and_attend")
-
     def rotate_and_attend(self, layer: int, qkv: Tensor, bias: Tensor | None) -> Tensor:
+        rows = self._rotate(layer, qkv, bias, self._positions, self._slots)
         keys, values = self._cache.layer(layer)
-        stored = (keys.typed, values.typed)
-        scales = (keys.scales, values.scales)
-        rotated = rope_cache(
-            qkv, self._positions, self._table, self._slots, *stored, *scales, bias=bias, dtype=self._dtype
-        )
-        rows = rotated.unflatten(1, (-1, keys.numbers.shape[3]))
-        return paged_decode(rows[:, : self._heads], *stored, self._blocks, self._lengths, *scales).flatten(1)
+        return paged_decode(
+            rows[:, : self._heads],
+            keys.typed,
+            values.typed,
+            self._blocks,
+            self._lengths,
+            keys.scales,
+            values.scales,
+        ).flatten(1)

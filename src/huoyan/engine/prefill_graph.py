@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from huoyan.engine.graph_stream import capture_stream
-from huoyan.kernels.rope_cache import rope_cache
+from huoyan.engine.rotated_attention import RotatedAttention
 from huoyan.layers.varlen_attention import varlen_attention
 from huoyan.planning.graphs import PREFILL_GRAPH_PROMPTS, PREFILL_GRAPH_TOKENS
 
@@ -138,35 +138,18 @@ class _Graph:
         return self._hidden[:count]
 
 
-class _WholePrompts:
+class _WholePrompts(RotatedAttention):
     """See `huoyan.models.qwen2.FusedAttend`: all tokens are of prompts without a past."""
 
     def __init__(
         self, model: MiniCPMV, cache: KVCache, positions: Tensor, slots: Tensor, starts: Tensor
     ) -> None:
-        self._cache = cache
-        self._heads = model.config.text.num_attention_heads
-        self._dtype = model.dtype
-        self._table = model.llm.model.rotary.table(cache.device)
+        super().__init__(model, cache)
         self._positions, self._slots, self._starts = positions, slots, starts
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        raise NotImplementedError("on CUDA rotation and attention are one: rotate_and_attend")
-
     def rotate_and_attend(self, layer: int, qkv: Tensor, bias: Tensor | None) -> Tensor:
-        keys, values = self._cache.layer(layer)
-        qkv = rope_cache(
-            qkv,
-            self._positions,
-            self._table,
-            self._slots,
-            keys.typed,
-            values.typed,
-            bias=bias,
-            dtype=self._dtype,
-        )
-        rows = qkv.unflatten(1, (-1, keys.numbers.shape[3]))
-        kv_heads, longest = keys.numbers.shape[2], len(rows)
+        rows = self._rotate(layer, qkv, bias, self._positions, self._slots)
+        kv_heads, longest = self._cache.layer(layer)[0].numbers.shape[2], len(rows)
         return varlen_attention(
             rows[:, : self._heads],
             rows[:, self._heads : self._heads + kv_heads],

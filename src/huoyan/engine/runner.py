@@ -196,9 +196,7 @@ class Runner:
         tensors = StepTensors(batch, self.device)
         if moves is not None:
             moves.apply(token_ids, tensors.positions, tensors.slot_mapping, tensors.block_tables)
-        text = self.model.config.text
-        table = self.model.llm.model.rotary.table(self.device)
-        return CudaAttention(self.cache, batch, tensors, table, text.num_attention_heads, self.model.dtype)
+        return CudaAttention(self.model, self.cache, batch, tensors)
 
     def _encode(self, pictures: list[PreparedPicture], beside: bool) -> None:
         encoded, ready = self.encoder.encode(pictures, beside)
