@@ -13,33 +13,13 @@ from collections.abc import Callable
 
 import torch
 
+from device_time import time_us
 from huoyan.engine.beam_ops import BeamOps
 from huoyan.engine.kv_cache import KVCache
 from huoyan.layers.beam_step import EOS, HEAD, LAST, NEVER, POWER, SOURCE, WIDTH, SearchOrders
 
 BLOCK_SIZE = 16
 CONTEXT = 2048
-
-
-def time_us(run: Callable[[], object], repeats: int = 20) -> float:
-    """Median microseconds of `run` replayed from a CUDA graph."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        run()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            for _ in range(repeats):
-                run()
-        times = []
-        for _ in range(5):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) * 1000 / repeats)
-    return sorted(times)[len(times) // 2]
 
 
 def orders_of(width: int, device: torch.device) -> SearchOrders:
@@ -75,11 +55,11 @@ def measure(ops: BeamOps, width: int, vocab: int, device: torch.device) -> dict[
     alone = found.clone()
     alone[0, :, 0], alone[0, :, 2] = torch.arange(width, device=device), torch.arange(width, device=device)
 
-    def move(step: torch.Tensor) -> Callable[[], None]:
+    def move(step: torch.Tensor) -> Callable[[int], None]:
         return lambda: ops.move(moves, step, cache, tokens, positions, slots, rows[:, 4:])
 
     return {
-        "candidates and decisions": time_us(lambda: ops.advance(logits, orders, state, 2 * width)),
+        "candidates and decisions": time_us(lambda _: ops.advance(logits, orders, state, 2 * width)),
         "rows, nothing to copy": time_us(move(alone)),
         f"rows, {width - 1} blocks to copy": time_us(move(forks)),
     }

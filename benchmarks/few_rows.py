@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from device_time import time_us
 from huoyan.kernels import dense_matmul, int4_matmul
 
 SHAPES = {
@@ -28,27 +29,6 @@ SHAPES = {
 }
 GROUP = 128
 _ROTATED_BYTES = 300e6
-
-
-def time_us(run, repeats: int = 20) -> float:
-    """Median microseconds of `run(i)` replayed from a CUDA graph."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        run(0)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            for i in range(repeats):
-                run(i)
-        times = []
-        for _ in range(5):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) * 1000 / repeats)
-    return sorted(times)[len(times) // 2]
 
 
 class Int4:
