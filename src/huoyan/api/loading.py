@@ -85,8 +85,8 @@ def _open_backend(
     return _open_native(folder, frontend, options)
 
 
-def engine_config(folder: Path, options: EngineOptions, **changes: Any) -> EngineConfig:
-    """What the native engine is asked for, for the model in `folder`; `changes` override fields of it."""
+def engine_config(folder: Path, options: EngineOptions) -> EngineConfig:
+    """What the native engine is asked for, for the model in `folder`."""
     from huoyan.engine.config import EngineConfig
     from huoyan.engine.speculation import NgramSpeculation
     from huoyan.media.slicing import MAX_SLICE_GROWTH, read_slice_rules
@@ -105,7 +105,7 @@ def engine_config(folder: Path, options: EngineOptions, **changes: Any) -> Engin
         "kv_cache_dtype": options.kv_cache_dtype,
         "speculation": NgramSpeculation.parse(options.speculative_config),
         "seed": options.seed,
-    } | changes
+    }
     return EngineConfig(**{name: value for name, value in sizes.items() if value is not None})
 
 

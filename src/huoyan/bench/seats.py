@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from huoyan.bench.opened import folder_of
@@ -47,9 +48,10 @@ def _count(model: str, length: int, options: dict[str, Any]) -> int:
         checkpoint = open_checkpoint(where, need_weights=how != "dummy")
         shapes = {tensor: info.shape for tensor, info in checkpoint.tensors.items()}
         shapes = shapes or published_shapes(checkpoint.config)
+        config = engine_config(where, parsed)
+        way, weights = way_before_loading(config, checkpoint, device, parsed.dtype, dummy=how == "dummy")
         for seats in range(_STEP, _MOST + 1, _STEP):
-            config = engine_config(where, parsed, max_num_seqs=seats)
-            way, weights = way_before_loading(config, checkpoint, device, parsed.dtype, dummy=how == "dummy")
+            config = replace(config, max_num_seqs=seats)
             parts = memory(checkpoint.config, config, way, shapes, int4=weights.int4 or None)
             context = min(length, config.max_model_len or length)
             if parts.blocks_in(budget) // -(-context // config.block_size) <= seats:
