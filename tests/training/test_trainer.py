@@ -46,6 +46,8 @@ from tiny_trainer.trainer import Trainer
 from tiny_trainer.workers import PIXELS, Delivery, Workers
 
 SMALL = Shape(patches=1664, slices=9, rows=((2, 512), (1, 640)))
+ROOMY = Shape(patches=3072, slices=12, rows=((2, 1024),))
+"""For any example with one picture, ten slices of it at most."""
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +171,7 @@ def test_branches_compute_what_separate_sequences_do(trainer, recorder, seed):
     together = recorder.encode(example, "colour")
     apart = [recorder.encode(Example(**one_turn(example, k)), "colour") for k in range(len(example.turns))]
     other = recorder.record(random.Random(seed), "chat")
-    stepper = staged(trainer, in_pool([other, together]))
+    stepper = staged(trainer, in_pool([other, together]), ROOMY)
     with torch.no_grad():
         pixels = normalise(torch.from_numpy(together.patches), (0.5,) * 3, (0.5,) * 3, torch.float32)
         embeddings = trainer.model.encode_patches(pixels, together.grids).flatten(0, 1)
