@@ -5,16 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from huoyan.layers.norm import RMSNorm
+from huoyan.layers.norm import LayerNorm, RMSNorm
 from huoyan.planning.pieces import FEW_ROWS
 
 
-def add_norm(norm: RMSNorm, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+def add_norm(norm: RMSNorm | LayerNorm, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
     """(norm(x + residual), x + residual) for [T, width]; without a residual the second is x.
 
-    On CUDA x may be float32 parts, [S, T, width], whose sum is meant.
+    On CUDA, before an RMS norm, x may be float32 parts, [S, T, width], whose sum is meant.
     """
     if _use_kernel(x):
+        if isinstance(norm, LayerNorm):
+            from huoyan.kernels.add_layer_norm import add_layer_norm
+
+            return add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps)
         from huoyan.kernels.add_rms_norm import add_rms_norm
 
         return add_rms_norm(x, residual, norm.weight, norm.eps)

@@ -13,12 +13,14 @@ from PIL import Image, ImageFile
 from huoyan.errors import MediaError
 from huoyan.media.arrays import array_to_rgb, tensor_to_array
 from huoyan.media.decode import decode_picture, image_to_rgb, loaded_to_rgb, readable_errors
-from huoyan.media.digest import digest_of
+from huoyan.media.digest import digests_of
 from huoyan.media.fetch import DEFAULT_POLICY, FetchPolicy, open_source, source_name
 from huoyan.media.limits import DEFAULT_LIMITS, MediaLimits
 from huoyan.media.types import Size
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
 
@@ -104,8 +106,17 @@ class Picture:
     def digest(self) -> bytes:
         """16 bytes that stand for the size and the pixels; computed on first use."""
         if self._digest is None:
-            self._digest = digest_of(struct.pack("<2Q", *self.size), self._pixels.data)
+            self.digest_together([self])
+        assert self._digest is not None
         return self._digest
+
+    @staticmethod
+    def digest_together(pictures: Sequence[Picture]) -> None:
+        """Compute the digests of several at once: those of small pictures, too, by all cores."""
+        missing = [picture for picture in pictures if picture._digest is None]
+        parts = [(struct.pack("<2Q", *picture.size), picture._pixels.data) for picture in missing]
+        for picture, digest in zip(missing, digests_of(parts), strict=True):
+            picture._digest = digest
 
     def to_pil(self) -> Image.Image:
         """A PIL image of the same pixels."""

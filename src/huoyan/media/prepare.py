@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from concurrent.futures import Executor
 from typing import TYPE_CHECKING
 
+from huoyan.media.picture import Picture
 from huoyan.media.slicing import cut_slices, plan_slices
 from huoyan.media.types import MediaItem, PreparedPicture, SlicePlan, SliceRules
 
 if TYPE_CHECKING:
     from huoyan.media.originals import Originals
-    from huoyan.media.picture import Picture
 
 
 def prepare_picture(
@@ -41,6 +41,7 @@ def prepare_items(
     `originals`: see `prepare_picture`.
     """
     pictures = [(picture, item.max_slice_nums) for item in items for picture in item.pictures]
+    Picture.digest_together([picture for picture, _ in pictures])
     if executor is None or len(pictures) < 2:
         return [prepare_picture(picture, rules, limit, originals) for picture, limit in pictures]
     tasks = [

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from huoyan.layers.embedding import embedding
-from huoyan.layers.linear import Linear
+from huoyan.layers.fused import add_norm
+from huoyan.layers.linear import Linear, gelu_of
 from huoyan.layers.norm import LayerNorm
 from huoyan.layers.packed_attention import Lengths, packed_attention, to_device
 from huoyan.models.config import VisionConfig
@@ -102,7 +103,7 @@ class MLP(nn.Module):
         self.fc2 = Linear(config.intermediate_size, (config.hidden_size,), bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc2(nn.functional.gelu(self.fc1(x), approximate="tanh"))
+        out: Tensor = self.fc2(gelu_of(self.fc1, x))
         return out
 
 
@@ -114,10 +115,11 @@ class EncoderLayer(nn.Module):
         self.layer_norm2 = LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
-        x = x + self.self_attn(self.layer_norm1(x), lengths)
-        out: Tensor = x + self.mlp(self.layer_norm2(x))
-        return out
+    def forward(self, x: Tensor, residual: Tensor | None, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Returns (the layer's last addition, the stream it is to be added to): the next norm adds them."""
+        x, residual = add_norm(self.layer_norm1, x, residual)
+        x, residual = add_norm(self.layer_norm2, self.self_attn(x, lengths), residual)
+        return self.mlp(x), residual
 
 
 class Encoder(nn.Module):
@@ -138,7 +140,7 @@ class SiglipEncoder(nn.Module):
     def forward(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
         grids = PackedGrids.of(grids)
         x = self.embeddings(patches, grids)
+        residual: Tensor | None = None
         for layer in self.encoder.layers:
-            x = layer(x, grids.lengths)
-        out: Tensor = self.post_layernorm(x)
-        return out
+            x, residual = layer(x, residual, grids.lengths)
+        return add_norm(self.post_layernorm, x, residual)[0]
