@@ -1,4 +1,4 @@
-"""Attention of the picture encoder: packed sequences, each whole within itself, heads of a width that is no power of two.
+"""Attention of the picture encoder: sequences packed end to end, each within itself, heads that are no power of two.
 
 Flash attention as torch has it fills the published heads of 72 up to 96; here a head is taken as its largest power of
 two and what is left, 64 and 16, so that the matrix units multiply 80.
@@ -7,6 +7,7 @@ two and what is left, 64 and 16, so that the matrix units multiply 80.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 import triton
@@ -20,7 +21,7 @@ def slice_attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tenso
     """In plain PyTorch, in float32; see `slice_attention`."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     bounds = cu_seqlens.tolist()
-    for first, last in zip(bounds, bounds[1:], strict=False):
+    for first, last in pairwise(bounds):
         a, b, c = (x[first:last].float().transpose(0, 1) for x in (q, k, v))
         scores = a @ b.transpose(1, 2) / math.sqrt(q.shape[-1])
         out[first:last] = (scores.softmax(-1) @ c).transpose(0, 1).to(q.dtype)
@@ -129,7 +130,8 @@ def slice_attention(
         [sum of lengths, heads, head_dim], contiguous.
     """
     rows, heads, head_dim = q.shape
-    assert takes(head_dim) and q.stride() == k.stride() == v.stride() and q.stride()[1:] == (head_dim, 1)
+    assert takes(head_dim)
+    assert q.stride() == k.stride() == v.stride() == (q.stride(0), head_dim, 1)
     out = torch.empty((rows, heads, head_dim), dtype=q.dtype, device=q.device)
     wide = 1 << (head_dim.bit_length() - 1)
     grid = (triton.cdiv(longest, block_m), heads, len(cu_seqlens) - 1)

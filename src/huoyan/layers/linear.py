@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import lru_cache
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -87,10 +88,10 @@ def reads_few_rows(x: Tensor, width_in: int) -> bool:
 
 def gelu_of(linear: nn.Module, x: Tensor) -> Tensor:
     """The tanh form of GELU of what a linear map gives for x [T, in]."""
-    dense = isinstance(linear, Linear) and linear.bias is not None
-    if dense and x.is_cuda and not torch.is_grad_enabled() and product_takes_gelu():
-        assert isinstance(linear, Linear)
-        fused: Tensor = torch._addmm_activation(linear.bias, x, linear.weight.t(), use_gelu=True)
+    bias = linear.bias if isinstance(linear, Linear) else None
+    if bias is not None and x.is_cuda and not torch.is_grad_enabled() and product_takes_gelu():
+        weight = cast(Linear, linear).weight
+        fused: Tensor = torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
         return fused
     return nn.functional.gelu(linear(x), approximate="tanh")
 
