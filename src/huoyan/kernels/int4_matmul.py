@@ -109,7 +109,7 @@ class Tuning:
     registers: int | None = None
     """The most a thread may have, so that as many programs fit a processor as shared memory allows."""
     wave: int = 0
-    """Programs the device has room for at a time: tiles that do not fill the last round are shared out, see `tail`."""
+    """Programs a processor has room for at a time: tiles that do not fill the last round are shared out, see `tail`."""
     tail: int = 1
     """Programs that share the inputs of a tile of the last round; the last to come adds their sums, always in the same
     order."""
@@ -256,6 +256,16 @@ def _load_words(at, n_ok, EVEN: tl.constexpr):
 
 
 @triton.jit
+def _again(number, ASM: tl.constexpr):
+    """A number as one that is not known before."""
+    if ASM:
+        number = tl.inline_asm_elementwise(
+            "mov.u32 $0, $1;", "=r,r", [number], dtype=tl.int32, is_pure=False, pack=1
+        )
+    return number
+
+
+@triton.jit
 def _store(acc, bias_ptr, out_ptr, m, n, n_ok, split, M, N, HAS_BIAS: tl.constexpr):
     if HAS_BIAS:
         acc += tl.load(bias_ptr + n, mask=n_ok, other=0.0).to(tl.float32)[:, None]
@@ -263,7 +273,7 @@ def _store(acc, bias_ptr, out_ptr, m, n, n_ok, split, M, N, HAS_BIAS: tl.constex
     tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=(m < M)[None, :] & n_ok[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "whole"])
 def _matmul_kernel(
     x_ptr, x_tiles, words_ptr, meta_ptr, bias_ptr, out_ptr, late_ptr, arrived_ptr, M, N, K, whole,
     GROUP: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, SCALED: tl.constexpr,
@@ -323,7 +333,13 @@ def _matmul_kernel(
                 scale = meta.to(tl.int16).to(weight.dtype, bitcast=True).to(tl.float32)
                 other_acc += tl.dot(weight, other) * scale
     if TAIL > 1:
-        if tl.program_id(0) >= whole:
+        # Nothing of what follows is kept in registers over the blocks.
+        program = _again(tl.program_id(0), ASM)
+        late = tl.maximum(program - whole, 0)
+        part = late % TAIL
+        n = (tl.minimum(program, whole) + late // TAIL) * BLOCK_N + tl.arange(0, BLOCK_N)
+        n_ok = n < (N + BLOCK_N if EVEN else N)
+        if program >= whole:
             # A sum of a part of the inputs. Only whoever comes last goes on, with all of them.
             at = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
             sums = late_ptr + (late - part) * (BLOCK_N * BLOCK_M) + at
@@ -332,7 +348,7 @@ def _matmul_kernel(
             before = tl.atomic_add(arrived_ptr + late // TAIL, 1, sem="acq_rel")
             if before == TAIL - 1:
                 acc = tl.load(sums, cache_modifier=".cg")
-                for other_part in tl.static_range(1, TAIL):
+                for other_part in tl.range(1, TAIL, num_stages=1):
                     acc += tl.load(sums + other_part * (BLOCK_N * BLOCK_M), cache_modifier=".cg")
                 _store(acc, bias_ptr, out_ptr, m, n, n_ok, split, M, N, HAS_BIAS)
                 tl.store(arrived_ptr + late // TAIL, 0)
@@ -431,7 +447,7 @@ def _launch(
     rows = tuning.block_m * (2 if tuning.pair else 1)
     programs = whole = triton.cdiv(n, tuning.block_n)
     tail, late, arrived = 1, out, out
-    over = programs % tuning.wave if tuning.wave else 0
+    over = programs % (tuning.wave * _processors(x.device)) if tuning.wave else 0
     if over and split == 1 and m <= tuning.block_m:
         tail = min(tuning.tail, k // BLOCK)
     if tail > 1:
@@ -455,11 +471,23 @@ def _launch(
     return out, (programs, split, triton.cdiv(m, rows)), operands, options
 
 
+@lru_cache(maxsize=16)
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 _ARRIVED: dict[tuple[torch.device, int], Tensor] = {}
 
 
 def _arrivals(tiles: int, device: torch.device) -> Tensor:
-    """Zeros, at least so many, which every product leaves as zeros: of the current stream, kept."""
+    """Zeros, at least so many, which every product leaves as zeros: of the current stream, kept.
+
+    Those that are made while a graph is captured belong to the graph, which makes them zeros each time.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        kept = _ARRIVED.get((device, torch.cuda.current_stream(device).cuda_stream))
+        if kept is None or len(kept) < tiles:
+            return torch.zeros(tiles, dtype=torch.int32, device=device)
     key = device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     found = _ARRIVED.get(key)
     if found is None or len(found) < tiles:
