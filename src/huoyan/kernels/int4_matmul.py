@@ -129,9 +129,9 @@ def _pair(w, zero, scale, HIGH: tl.constexpr, BF16: tl.constexpr, SCALED: tl.con
         if BF16:
             if SCALED:
                 low, high = tl.inline_asm_elementwise(
-                    "{.reg .b32 t, m, s; mov.b32 m, 0x43004300; mov.b32 s, 0x3f803f80;"
-                    "lop3.b32 t, $2, 0x000f000f, m, 0xea; fma.rn.bf16x2 t, t, s, $3; mul.rn.bf16x2 t, t, $4;"
-                    "mov.b32 {$0, $1}, t;}",
+                    "{.reg .b32 t, m, s, z; mov.b32 m, 0x43004300; mov.b32 s, 0x3f803f80; mov.b32 z, 0x80008000;"
+                    "lop3.b32 t, $2, 0x000f000f, m, 0xea; fma.rn.bf16x2 t, t, s, $3;"
+                    "fma.rn.bf16x2 t, t, $4, z; mov.b32 {$0, $1}, t;}",
                     "=h,=h,r,r,r", [w, zero, scale], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=1,
                 )  # fmt: skip
             else:
