@@ -15,11 +15,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from huoyan.kernels.dependent_launch import begin, launch_options, overlaps, prefetch_lines, wait
 
@@ -102,29 +104,61 @@ class Tuning:
     unroll: int = 1
     pair: bool = False
     """Twice `block_m` rows a program, one half after the other: weights are unpacked once for both."""
+    tiles: bool = False
+    """Rows come by the tensor memory unit (Hopper): no addresses of theirs in registers, no masks."""
+    registers: int | None = None
+    """The most a thread may have, so that as many programs fit a processor as shared memory allows."""
+    wave: int = 0
+    """Programs a processor has room for at a time: tiles that do not fill the last round are shared out, see `tail`."""
+    tail: int = 1
+    """Programs that share the inputs of a tile of the last round; the last to come adds their sums, always in the same
+    order."""
 
 
 @triton.jit
-def _pair(w, zero, HIGH: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr):
+def _pair(w, zero, scale, HIGH: tl.constexpr, BF16: tl.constexpr, SCALED: tl.constexpr, ASM: tl.constexpr):
     """Of words, two nibbles less their zero point as two tensors of 16-bit numbers: those in bits 0 and 16, or if HIGH
-    those in bits 4 and 20.
+    those in bits 4 and 20; times `scale` (in both halves) if SCALED.
 
     A nibble is put into the mantissa of a constant c, in the higher place as 16 times itself; there the sum is divided
-    by 16. `zero`: in both halves minus (the zero point + c or c / 16). All of it is exact. bfloat16 has no room for
-    the higher place. In assembly two instructions; the interpreter has none.
+    by 16. `zero`: in both halves minus (the zero point + c or c / 16). All of it but the scale is exact. bfloat16 has
+    no room for the higher place. In assembly two or three instructions; the interpreter has none. A scale must be in
+    the assembly: multiplied after it, ptxas has each product of the matrix units wait for the one before.
     """
     if ASM:
         if BF16:
-            low, high = tl.inline_asm_elementwise(
-                "{.reg .b32 t, m, s; mov.b32 m, 0x43004300; mov.b32 s, 0x3f803f80;"
-                "lop3.b32 t, $2, 0x000f000f, m, 0xea; fma.rn.bf16x2 t, t, s, $3; mov.b32 {$0, $1}, t;}",
-                "=h,=h,r,r", [w, zero], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=1,
-            )  # fmt: skip
+            if SCALED:
+                low, high = tl.inline_asm_elementwise(
+                    "{.reg .b32 t, m, s, z; mov.b32 m, 0x43004300; mov.b32 s, 0x3f803f80; mov.b32 z, 0x80008000;"
+                    "lop3.b32 t, $2, 0x000f000f, m, 0xea; fma.rn.bf16x2 t, t, s, $3;"
+                    "fma.rn.bf16x2 t, t, $4, z; mov.b32 {$0, $1}, t;}",
+                    "=h,=h,r,r,r", [w, zero, scale], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=1,
+                )  # fmt: skip
+            else:
+                low, high = tl.inline_asm_elementwise(
+                    "{.reg .b32 t, m, s; mov.b32 m, 0x43004300; mov.b32 s, 0x3f803f80;"
+                    "lop3.b32 t, $2, 0x000f000f, m, 0xea; fma.rn.bf16x2 t, t, s, $3; mov.b32 {$0, $1}, t;}",
+                    "=h,=h,r,r", [w, zero], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=1,
+                )  # fmt: skip
         elif HIGH:
+            if SCALED:
+                low, high = tl.inline_asm_elementwise(
+                    "{.reg .b32 t, m, s; mov.b32 m, 0x64006400; mov.b32 s, 0x2c002c00;"
+                    "lop3.b32 t, $2, 0x00f000f0, m, 0xea; fma.rn.f16x2 t, t, s, $3; mul.rn.f16x2 t, t, $4;"
+                    "mov.b32 {$0, $1}, t;}",
+                    "=h,=h,r,r,r", [w, zero, scale], dtype=(tl.float16, tl.float16), is_pure=True, pack=1,
+                )  # fmt: skip
+            else:
+                low, high = tl.inline_asm_elementwise(
+                    "{.reg .b32 t, m, s; mov.b32 m, 0x64006400; mov.b32 s, 0x2c002c00;"
+                    "lop3.b32 t, $2, 0x00f000f0, m, 0xea; fma.rn.f16x2 t, t, s, $3; mov.b32 {$0, $1}, t;}",
+                    "=h,=h,r,r", [w, zero], dtype=(tl.float16, tl.float16), is_pure=True, pack=1,
+                )  # fmt: skip
+        elif SCALED:
             low, high = tl.inline_asm_elementwise(
-                "{.reg .b32 t, m, s; mov.b32 m, 0x64006400; mov.b32 s, 0x2c002c00;"
-                "lop3.b32 t, $2, 0x00f000f0, m, 0xea; fma.rn.f16x2 t, t, s, $3; mov.b32 {$0, $1}, t;}",
-                "=h,=h,r,r", [w, zero], dtype=(tl.float16, tl.float16), is_pure=True, pack=1,
+                "{.reg .b32 t, m; mov.b32 m, 0x64006400; lop3.b32 t, $2, 0x000f000f, m, 0xea;"
+                "add.f16x2 t, t, $3; mul.rn.f16x2 t, t, $4; mov.b32 {$0, $1}, t;}",
+                "=h,=h,r,r,r", [w, zero, scale], dtype=(tl.float16, tl.float16), is_pure=True, pack=1,
             )  # fmt: skip
         else:
             low, high = tl.inline_asm_elementwise(
@@ -142,6 +176,10 @@ def _pair(w, zero, HIGH: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr):
         high = (((w >> 16) & MASK) | BITS).to(tl.int16).to(dtype, bitcast=True)
         low = (low.to(tl.float32) * PART + less).to(dtype)
         high = (high.to(tl.float32) * PART + less).to(dtype)
+        if SCALED:
+            times = scale.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+            low = (low.to(tl.float32) * times).to(dtype)
+            high = (high.to(tl.float32) * times).to(dtype)
     return low, high
 
 
@@ -169,24 +207,32 @@ def _unpacked(w, meta, BF16: tl.constexpr, SCALED: tl.constexpr, ASM: tl.constex
     N: tl.constexpr = w.shape[0]
     CONSTANT: tl.constexpr = 128.0 if BF16 else 1024.0
     less = _spread(_less(meta, CONSTANT, BF16), 16)
+    scale = meta & 0xFFFF
+    scale = _spread(scale | (scale << 16), 16)
     shifted = w >> 8
-    low0, high0 = _pair(w, less, False, BF16, ASM)
-    low2, high2 = _pair(shifted, less, False, BF16, ASM)
+    low0, high0 = _pair(w, less, scale, False, BF16, SCALED, ASM)
+    low2, high2 = _pair(shifted, less, scale, False, BF16, SCALED, ASM)
     if BF16:
-        low1, high1 = _pair(w >> 4, less, False, BF16, ASM)
-        low3, high3 = _pair(w >> 12, less, False, BF16, ASM)
+        low1, high1 = _pair(w >> 4, less, scale, False, BF16, SCALED, ASM)
+        low3, high3 = _pair(w >> 12, less, scale, False, BF16, SCALED, ASM)
     else:
         less_high = _spread(_less(meta, CONSTANT / 16, BF16), 16)
-        low1, high1 = _pair(w, less_high, True, BF16, ASM)
-        low3, high3 = _pair(shifted, less_high, True, BF16, ASM)
+        low1, high1 = _pair(w, less_high, scale, True, BF16, SCALED, ASM)
+        low3, high3 = _pair(shifted, less_high, scale, True, BF16, SCALED, ASM)
     # [N, word, b, e] for h = 0 and 1, then [N, word, b, e, h]
     first = tl.join(tl.join(low0, high0), tl.join(low1, high1))
     second = tl.join(tl.join(low2, high2), tl.join(low3, high3))
     apart = tl.reshape(tl.join(first, second), (N, 4, 4, 2, 2, 2))  # N, run, c, b, e, h
-    weight = tl.reshape(tl.permute(apart, (0, 1, 5, 4, 2, 3)), (N, 128))
-    if SCALED:
-        weight *= _spread(meta.to(tl.int16).to(weight.dtype, bitcast=True), 128)
-    return weight
+    return tl.reshape(tl.permute(apart, (0, 1, 5, 4, 2, 3)), (N, 128))
+
+
+@triton.jit
+def _settled(acc, ASM: tl.constexpr):
+    """Sums as they are, but used before the next block. Without that Triton halves a block's product so that the halves
+    overlap, and ptxas, which cannot follow it, has every single instruction of the matrix units wait for the last."""
+    if ASM:
+        acc = tl.inline_asm_elementwise("", "=f,0", [acc], dtype=tl.float32, is_pure=True, pack=1)
+    return acc
 
 
 @triton.jit
@@ -210,23 +256,49 @@ def _load_words(at, n_ok, EVEN: tl.constexpr):
 
 
 @triton.jit
+def _again(number, ASM: tl.constexpr):
+    """A number as one that is not known before."""
+    if ASM:
+        number = tl.inline_asm_elementwise(
+            "mov.u32 $0, $1;", "=r,r", [number], dtype=tl.int32, is_pure=False, pack=1
+        )
+    return number
+
+
+@triton.jit
+def _store(acc, bias_ptr, out_ptr, m, n, n_ok, split, M, N, HAS_BIAS: tl.constexpr):
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + n, mask=n_ok, other=0.0).to(tl.float32)[:, None]
+    out_at = out_ptr + (split * M + m[None, :]) * N + n[:, None]
+    tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=(m < M)[None, :] & n_ok[:, None])
+
+
+@triton.jit(do_not_specialize=["M", "whole"])
 def _matmul_kernel(
-    x_ptr, words_ptr, meta_ptr, bias_ptr, out_ptr, M, N, K,
+    x_ptr, x_tiles, words_ptr, meta_ptr, bias_ptr, out_ptr, late_ptr, arrived_ptr, M, N, K, whole,
     GROUP: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, SCALED: tl.constexpr,
     EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PREFETCH: tl.constexpr,
-    PAIR: tl.constexpr, UNROLL: tl.constexpr, ASM: tl.constexpr, OVERLAP: tl.constexpr,
+    PAIR: tl.constexpr, UNROLL: tl.constexpr, TILES: tl.constexpr, TAIL: tl.constexpr,
+    ASM: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     begin(OVERLAP)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tile_n = tl.program_id(0)
     split = tl.program_id(1)
-    m = tl.program_id(2) * (2 * BLOCK_M if PAIR else BLOCK_M) + tl.arange(0, BLOCK_M)
+    part, parts = split, SPLIT
+    if TAIL > 1:
+        late = tl.maximum(tile_n - whole, 0)
+        parts = tl.where(tile_n < whole, 1, TAIL)
+        part = late % TAIL
+        tile_n = tl.minimum(tile_n, whole) + late // TAIL
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_m = tl.program_id(2) * (2 * BLOCK_M if PAIR else BLOCK_M)
+    m = first_m + tl.arange(0, BLOCK_M)
     j = tl.arange(0, 16)
     k = tl.arange(0, 128)
     BF16: tl.constexpr = x_ptr.dtype.element_ty == tl.bfloat16
     num_blocks = K // 128
-    per_split = tl.cdiv(num_blocks, SPLIT)
-    first = split * per_split
-    last = tl.minimum(first + per_split, num_blocks)
+    first = part * num_blocks // parts
+    last = (part + 1) * num_blocks // parts
     n_ok = n < (N + BLOCK_N if EVEN else N)
     x_ok = (m < M)[:, None]
     tile = words_ptr + (n // 64)[:, None].to(tl.int64) * (K * 8)
@@ -243,29 +315,49 @@ def _matmul_kernel(
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     for block in tl.range(first, last, num_stages=STAGES, loop_unroll_factor=UNROLL):
         w = _load_words(words_at + block * 1024, n_ok, EVEN)
-        x = tl.trans(tl.load(x_at + block * 128, mask=x_ok, other=0.0))
+        if TILES:
+            x = tl.trans(x_tiles.load([first_m, block * 128]))
+        else:
+            x = tl.trans(tl.load(x_at + block * 128, mask=x_ok, other=0.0))
         meta = _load_meta(meta_ptr, n, n_ok, N, block, GROUP)
         weight = _unpacked(w, meta, BF16, SCALED, ASM)
         if SCALED:
-            acc = tl.dot(weight, x, acc)
+            acc = _settled(tl.dot(weight, x, acc), ASM)
         else:
             acc += tl.dot(weight, x) * meta.to(tl.int16).to(weight.dtype, bitcast=True).to(tl.float32)
         if PAIR:
             other = tl.trans(tl.load(x_at + BLOCK_M * K + block * 128, mask=other_ok, other=0.0))
             if SCALED:
-                other_acc = tl.dot(weight, other, other_acc)
+                other_acc = _settled(tl.dot(weight, other, other_acc), ASM)
             else:
                 scale = meta.to(tl.int16).to(weight.dtype, bitcast=True).to(tl.float32)
                 other_acc += tl.dot(weight, other) * scale
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + n, mask=n_ok, other=0.0).to(tl.float32)[:, None]
-        acc += bias
-        other_acc += bias
-    out_at = out_ptr + (split * M + m[None, :]) * N + n[:, None]
-    tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=(m < M)[None, :] & n_ok[:, None])
+    if TAIL > 1:
+        # Nothing of what follows is kept in registers over the blocks.
+        program = _again(tl.program_id(0), ASM)
+        late = tl.maximum(program - whole, 0)
+        part = late % TAIL
+        n = (tl.minimum(program, whole) + late // TAIL) * BLOCK_N + tl.arange(0, BLOCK_N)
+        n_ok = n < (N + BLOCK_N if EVEN else N)
+        if program >= whole:
+            # A sum of a part of the inputs. Only whoever comes last goes on, with all of them.
+            at = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+            sums = late_ptr + (late - part) * (BLOCK_N * BLOCK_M) + at
+            tl.store(sums + part * (BLOCK_N * BLOCK_M), acc)
+            tl.debug_barrier()
+            before = tl.atomic_add(arrived_ptr + late // TAIL, 1, sem="acq_rel")
+            if before == TAIL - 1:
+                acc = tl.load(sums, cache_modifier=".cg")
+                for other_part in tl.range(1, TAIL, num_stages=1):
+                    acc += tl.load(sums + other_part * (BLOCK_N * BLOCK_M), cache_modifier=".cg")
+                _store(acc, bias_ptr, out_ptr, m, n, n_ok, split, M, N, HAS_BIAS)
+                tl.store(arrived_ptr + late // TAIL, 0)
+        else:
+            _store(acc, bias_ptr, out_ptr, m, n, n_ok, split, M, N, HAS_BIAS)
+    else:
+        _store(acc, bias_ptr, out_ptr, m, n, n_ok, split, M, N, HAS_BIAS)
     if PAIR:
-        there = (m + BLOCK_M < M)[None, :] & n_ok[:, None]
-        tl.store(out_at + BLOCK_M * N, other_acc.to(out_ptr.dtype.element_ty), mask=there)
+        _store(other_acc, bias_ptr, out_ptr, m + BLOCK_M, n, n_ok, split, M, N, HAS_BIAS)
 
 
 @triton.jit
@@ -327,6 +419,21 @@ def int4_matmul(
     Returns:
         [M, N] in the dtype of x, or parts.
     """
+    out, grid, operands, options = _launch(x, words, meta, bias, parts, tuning)
+    _matmul_kernel[grid](*operands, **options)
+    return out
+
+
+def compile_ahead(x: Tensor, words: Tensor, meta: Tensor, *, parts: bool, tuning: Tuning) -> None:
+    """Compile what `int4_matmul` would launch, for searches; other threads may do the same."""
+    _, grid, operands, options = _launch(x, words, meta, None, parts, tuning)
+    _matmul_kernel.warmup(*operands, grid=grid, **options)
+
+
+def _launch(
+    x: Tensor, words: Tensor, meta: Tensor, bias: Tensor | None, parts: bool, tuning: Tuning | None
+) -> tuple[Tensor, tuple[int, int, int], tuple[Any, ...], dict[str, Any]]:
+    """The result, not yet filled, and what fills it: a grid, operands and options of the kernel."""
     m, k = x.shape
     n = meta.shape[1]
     group = k // meta.shape[0]
@@ -338,14 +445,54 @@ def int4_matmul(
         out = torch.empty((m, n), dtype=x.dtype, device=x.device)
     overlap = x.is_cuda and overlaps()
     rows = tuning.block_m * (2 if tuning.pair else 1)
-    _matmul_kernel[(triton.cdiv(n, tuning.block_n), split, triton.cdiv(m, rows))](
-        x, words, meta, bias if bias is not None else x, out, m, n, k,
+    programs = whole = triton.cdiv(n, tuning.block_n)
+    tail, late, arrived = 1, out, out
+    over = programs % (tuning.wave * _processors(x.device)) if tuning.wave else 0
+    if over and split == 1 and m <= tuning.block_m:
+        tail = min(tuning.tail, k // BLOCK)
+    if tail > 1:
+        whole = programs - over
+        programs = whole + over * tail
+        late = torch.empty(over * tail * tuning.block_n * rows, dtype=torch.float32, device=x.device)
+        arrived = _arrivals(over, x.device)
+    tiles = tuning.tiles and not tuning.pair and (overlap or not x.is_cuda)
+    operands = (
+        x, TensorDescriptor(x, [m, k], [k, 1], [tuning.block_m, BLOCK]) if tiles else x, words, meta,
+        x if bias is None else bias, out, late, arrived, m, n, k, whole,
+    )  # fmt: skip
+    options = dict(
         GROUP=group, HAS_BIAS=bias is not None, SPLIT=split, SCALED=group < BLOCK or tuning.scaled,
         EVEN=n % tuning.block_n == 0, BLOCK_M=tuning.block_m, BLOCK_N=tuning.block_n, STAGES=tuning.stages,
-        PREFETCH=tuning.prefetch if overlap else 0, PAIR=tuning.pair, UNROLL=tuning.unroll, ASM=x.is_cuda,
-        OVERLAP=overlap, num_warps=tuning.warps, **launch_options(overlap),
+        PREFETCH=tuning.prefetch if overlap else 0, PAIR=tuning.pair, UNROLL=tuning.unroll, TILES=tiles, TAIL=tail,
+        ASM=x.is_cuda, OVERLAP=overlap, num_warps=tuning.warps, **launch_options(overlap),
     )  # fmt: skip
-    return out
+    if x.is_cuda and tuning.registers:
+        options["maxnreg"] = tuning.registers
+    return out, (programs, split, triton.cdiv(m, rows)), operands, options
+
+
+@lru_cache(maxsize=16)
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+_ARRIVED: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def _arrivals(tiles: int, device: torch.device) -> Tensor:
+    """Zeros, at least so many, which every product leaves as zeros: of the current stream, kept.
+
+    Those that are made while a graph is captured belong to the graph, which makes them zeros each time.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        kept = _ARRIVED.get((device, torch.cuda.current_stream(device).cuda_stream))
+        if kept is None or len(kept) < tiles:
+            return torch.zeros(tiles, dtype=torch.int32, device=device)
+    key = device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    found = _ARRIVED.get(key)
+    if found is None or len(found) < tiles:
+        _ARRIVED[key] = found = torch.zeros(max(tiles, 1024), dtype=torch.int32, device=device)
+    return found
 
 
 def dequantize(words: Tensor, meta: Tensor, start: int, stop: int, out: Tensor) -> Tensor:
