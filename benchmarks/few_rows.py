@@ -172,9 +172,9 @@ class Dense:
                 yield dense_matmul.Tuning(n, split, warps, stages, prefetch, k)
 
     def _tunings_of_many(self, m: int):
-        splits = (1,) if self.way != "parts" else (2, 3, 4, 7) if self.k < 10000 else (4, 5, 8)
+        splits = (1,) if self.way != "parts" else (2, 4, 7) if self.k < 10000 else (4, 5, 9)
         for (n, warps), k, split, stages in itertools.product(
-            ((128, 8), (64, 4), (128, 4), (256, 8)), (64, 128), splits, (3, 4, 5)
+            ((128, 8), (64, 4), (256, 8)), (64, 128), splits, (3, 4)
         ):
             fetched = (n * (2 if self.way == "gated" else 1) + m) * k * 2 * stages
             if fetched <= 220_000 and not (self.way == "gated" and n > 128):
