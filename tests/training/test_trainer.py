@@ -527,7 +527,9 @@ def test_schedules():
     plan = Plan(start=100.0, end=200.0, first=0.5, last=0.9, max_steps=10)
     assert plan.progress(plan.done(150.0, 0)) == pytest.approx(0.7)
     assert plan.progress(plan.done(101.0, 10)) == pytest.approx(0.9)
-    weights = family_weights({"count": 0.4, "word": 0.4, "slice": 0.2}, {"count": 0.99, "word": 0.4, "slice": 0.1}, 0.5)
+    weights = family_weights(
+        {"count": 0.4, "word": 0.4, "slice": 0.2}, {"count": 0.99, "word": 0.4, "slice": 0.1}, 0.5
+    )
     assert weights["word"] > 2 * weights["count"]
     # No goal is set for it.
     assert weights["slice"] < 0.2

@@ -100,7 +100,7 @@ def fused_silu_mul() -> Iterator[None]:
     from tiny_trainer.fused_steps import silu_mul
 
     plain = linear.silu_mul
-    linear.silu_mul = silu_mul  # type: ignore[assignment]
+    linear.silu_mul = silu_mul
     try:
         yield
     finally:
