@@ -46,7 +46,7 @@ from tiny_trainer.stepper import WAYS, Stepper
 from tiny_trainer.trainer import Trainer
 from tiny_trainer.workers import PIXELS, Delivery, Workers
 
-SMALL = Shape(patches=1664, slices=9, rows=((2, 512), (1, 640)))
+SMALL = Shape(patches=1664, slices=9, rows=((2, 1024),))
 ROOMY = Shape(patches=3072, slices=12, rows=((2, 1024),))
 """For any example with one picture, ten slices of it at most."""
 
@@ -298,6 +298,11 @@ def test_an_unfinished_training_goes_on_from_its_files(folder, recorder, tmp_pat
     for a, b in zip(first.optimizer.masters, second.optimizer.averages, strict=True):
         assert torch.equal(a, b)
     assert torch.equal(first.model.resampler.proj, second.model.resampler.proj)
+    later = (tmp_path / "state-1.safetensors").read_bytes()
+    save_state(first.optimizer, tmp_path, 0.4)
+    (tmp_path / "state-1.safetensors").write_bytes(later)
+    with pytest.raises(SystemExit, match="different moments"):
+        load_state(second.optimizer, tmp_path)
     (tmp_path / "state-1.safetensors").unlink()
     with pytest.raises(SystemExit, match="weights"):
         load_state(second.optimizer, tmp_path)
