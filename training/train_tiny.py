@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import os
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -127,6 +128,8 @@ def run(a: argparse.Namespace) -> None:
     workers = Workers(a.workers, recorder.record, base, a.seed)
     if cuda and workers.spare_cores:
         os.sched_setaffinity(0, workers.spare_cores)
+    # Only now: the workers are to die of it at once. This process saves and evaluates, as after Ctrl+C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         device = torch.device(device_name)
         if not cuda:

@@ -391,3 +391,24 @@ def test_a_description_never_starts_with_also(seed: int) -> None:
     assert not any(a.startswith("还有") for a in answers)
     assert any("还有" in a for a in answers)
     assert any(a.startswith("图中有") and "背景" in a for a in answers)
+
+
+def test_training_asks_the_same_of_several_things(seed):
+    """Held-out pictures are asked one question of a kind; in training the next one is about another thing."""
+    most = 0
+    for k in range(20):
+        example = sample(np.random.default_rng(seed + k), "where", "train")
+        said = [answer for _, answer in example.turns]
+        assert len(set(said)) == len(said)
+        answers = {a for (_, a), task in zip(example.turns, example.tasks, strict=True) if task == "where"}
+        most = max(most, len(answers))
+    assert most >= 3
+
+
+def test_training_asks_which_of_two_has_more_and_which_has_fewer(seed):
+    for k in range(20):
+        example = sample(np.random.default_rng(seed + k), "two", "train")
+        answers = " ".join(answer for _, answer in example.turns)
+        if "has fewer" in answers or "has more" in answers:
+            assert "has fewer" in answers
+            assert "has more" in answers

@@ -45,13 +45,51 @@ print("equal")
 """
 
 
+_DECODER = """
+import torch
+from pathlib import Path
+from huoyan.models.checkpoint import open_checkpoint
+from huoyan.models.weights import load_model
+from tiny_trainer.fixed import FixedBatch, QUERIES, Shape
+from tiny_trainer.losses import PLAIN, Way, hidden_states
+
+torch.manual_seed({seed})
+model = load_model(open_checkpoint(Path("{checkpoint}")), device="cpu", dtype=torch.float32).requires_grad_(True)
+shape = Shape(patches=64, slices=1, rows=((2, 8), (1, 16)))
+batch = FixedBatch.of(torch.zeros(shape.numbers, dtype=torch.int32), shape)
+batch.ids.random_(0, 1000)
+batch.positions.copy_(torch.arange(shape.tokens) % 8)
+batch.slots.fill_(shape.tokens)
+batch.slots[:2] = torch.tensor([1, 17], dtype=torch.int32)
+embeddings = torch.randn(QUERIES, model.config.text.hidden_size)
+weights = torch.randn(shape.tokens, model.config.text.hidden_size)
+parameters = list(model.llm.model.layers.parameters())
+results = []
+for way in (PLAIN, Way(fused=True)):
+    hidden = hidden_states(model, batch, shape, embeddings, way)
+    results.append((hidden.detach(), *torch.autograd.grad((hidden * weights).sum(), parameters)))
+for plain, fused in zip(*results, strict=True):
+    torch.testing.assert_close(fused, plain, atol=2e-4 * float(plain.abs().max()), rtol=1e-3)
+print("equal")
+"""
+
+
 def test_kernels_compute_what_they_stand_for(seed: int) -> None:
+    _run(_SCRIPT.format(seed=seed))
+
+
+def test_the_decoder_uses_them_and_learns_the_same(seed: int) -> None:
+    checkpoint = Path(__file__).parents[2] / "src" / "huoyan" / "tiny" / "checkpoint"
+    _run(_DECODER.format(seed=seed, checkpoint=checkpoint))
+
+
+def _run(script: str) -> None:
     root = Path(__file__).parents[2]
     path = os.pathsep.join(str(root / name) for name in ("src", "training"))
     # The interpreter is chosen when Triton is imported.
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
     done = subprocess.run(
-        [sys.executable, "-c", _SCRIPT.format(seed=seed)],
+        [sys.executable, "-c", script],
         env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.stdout.strip() == "equal", done.stderr[-2000:]

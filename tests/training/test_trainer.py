@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import random
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -30,7 +31,7 @@ from tiny_trainer.export import export
 from tiny_trainer.fixed import QUERIES, Shape
 from tiny_trainer.generate import Prompted, greedy_answers
 from tiny_trainer.grids import GridTables
-from tiny_trainer.loop import Plan
+from tiny_trainer.loop import Loop, Plan
 from tiny_trainer.losses import PLAIN, compute_losses, see
 from tiny_trainer.optimizer import orthogonalise
 from tiny_trainer.pictures import CHANNELS, paint
@@ -45,7 +46,7 @@ from tiny_trainer.stepper import WAYS, Stepper
 from tiny_trainer.trainer import Trainer
 from tiny_trainer.workers import PIXELS, Delivery, Workers
 
-SMALL = Shape(patches=1664, slices=9, rows=((2, 512), (1, 640)))
+SMALL = Shape(patches=1664, slices=9, rows=((2, 1024),))
 ROOMY = Shape(patches=3072, slices=12, rows=((2, 1024),))
 """For any example with one picture, ten slices of it at most."""
 
@@ -297,6 +298,11 @@ def test_an_unfinished_training_goes_on_from_its_files(folder, recorder, tmp_pat
     for a, b in zip(first.optimizer.masters, second.optimizer.averages, strict=True):
         assert torch.equal(a, b)
     assert torch.equal(first.model.resampler.proj, second.model.resampler.proj)
+    later = (tmp_path / "state-1.safetensors").read_bytes()
+    save_state(first.optimizer, tmp_path, 0.4)
+    (tmp_path / "state-1.safetensors").write_bytes(later)
+    with pytest.raises(SystemExit, match="different moments"):
+        load_state(second.optimizer, tmp_path)
     (tmp_path / "state-1.safetensors").unlink()
     with pytest.raises(SystemExit, match="weights"):
         load_state(second.optimizer, tmp_path)
@@ -327,6 +333,29 @@ def test_a_way_that_fails_or_differs_is_logged_and_left(folder, recorder, monkey
     assert sum("fails here: ZeroDivisionError" in line for line in lines) == sum(way.graphed for way in WAYS)
     assert sum("answers is" in line for line in lines) == 1
     assert sum("no such operator" in line for line in lines) == 1
+
+
+def test_a_fault_costs_neither_the_run_nor_what_was_learned(folder, recorder, trainer, tmp_path, monkeypatch):
+    """A look that fails is left out; a step that fails ends the training, and its state can be saved."""
+    workers = Workers(0, recorder.record, {"exists": 1.0}, 0)
+    pool, lines = in_pool([recorder.encode(*small_example(1))]), []
+    stepper = Stepper(trainer, pool, SMALL, lines.append)
+    loop = Loop(
+        trainer, stepper, trainer.packer(SMALL), workers, pool, recorder.builder, [], {"exists": 1.0},
+        tokenizer_folder=folder, out=tmp_path, keep=None, log=lines.append,
+    )  # fmt: skip
+    for name in ("_receive", "stage"):
+        monkeypatch.setattr(loop, name, lambda *_: None)
+    monkeypatch.setattr(loop, "look", lambda progress: 1 / 0)
+    monkeypatch.setattr(stepper, "step", lambda **_: [][0] if loop.steps == 3 else None)
+    now = time.monotonic()
+    loop.run(Plan(now, now + 600, 0.2, 0.6, look_every=0.0, max_steps=8))
+    assert loop.steps == 3
+    assert loop.reached == pytest.approx(0.2 + 0.4 * 3 / 8, abs=0.01)
+    assert sum("no look this time" in line and "ZeroDivisionError" in line for line in lines) == 3
+    assert sum("ends early" in line and "IndexError" in line for line in lines) == 1
+    loop.save()
+    assert load_state(trainer.optimizer, tmp_path) == loop.reached
 
 
 def test_no_rate_no_change(folder, recorder):
@@ -503,8 +532,12 @@ def test_schedules():
     plan = Plan(start=100.0, end=200.0, first=0.5, last=0.9, max_steps=10)
     assert plan.progress(plan.done(150.0, 0)) == pytest.approx(0.7)
     assert plan.progress(plan.done(101.0, 10)) == pytest.approx(0.9)
-    weights = family_weights({"a": 0.5, "b": 0.5}, {"a": 0.99, "b": 0.4}, 0.5)
-    assert weights["b"] > 2 * weights["a"]
+    weights = family_weights(
+        {"count": 0.4, "word": 0.4, "slice": 0.2}, {"count": 0.99, "word": 0.4, "slice": 0.1}, 0.5
+    )
+    assert weights["word"] > 2 * weights["count"]
+    # No goal is set for it.
+    assert weights["slice"] < 0.2
     assert sum(weights.values()) == pytest.approx(1.0)
 
 

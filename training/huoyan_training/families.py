@@ -16,7 +16,7 @@ from .splits import SPLITS, unseen_pair
 
 # Every single-picture family also asks the other single-picture questions; its own comes first.
 QUESTIONS = {"describe": 1.0, "what": 1.0, "colour": 1.0, "count": 1.0, "where": 1.0, "exists": 1.0}
-TRAINING_QUESTIONS = {"describe": 0.4, "what": 1.5, "colour": 0.7, "count": 1.2, "where": 1.8, "exists": 0.9}
+TRAINING_QUESTIONS = {"describe": 0.5, "what": 2.0, "colour": 0.6, "count": 1.4, "where": 2.2, "exists": 0.8}
 
 FAMILIES: dict[str, float] = {
     "describe": 0.16,
@@ -62,8 +62,9 @@ def single(dice: Random, family: str, split: str) -> Example:
         if not turns:
             continue
         if split == "train":
-            # Asking is cheap beside drawing and seeing.
-            turns += ask_several(scene, TRAINING_QUESTIONS, dice, dice.randint(4, 9), focus)
+            # Asking is cheap beside drawing and seeing. The same of other things in the picture teaches to find them.
+            more = ask_several(scene, TRAINING_QUESTIONS, dice, dice.randint(5, 9), focus, spread=False)
+            turns += [turn for turn in more if turn[3] != turns[0][3]]
         else:
             others = {task: weight for task, weight in QUESTIONS.items() if task != family}
             turns += ask_several(scene, others, dice, dice.randint(1, 4), focus)

@@ -208,7 +208,7 @@ def more_turns(dice: Random, scenes: list[Scene]) -> list[Turn]:
             count = scene.total(g.kind)
             if count <= 5:
                 turns.append(turn(task, lang, ask_count_in(g.kind, count, which, lang), dice))
-    return dice.sample(turns, min(4, len(turns)))
+    return dice.sample(turns, min(6, len(turns)))
 
 
 def ask_content(scene: Scene, which: int, lang: str) -> Said:
@@ -317,6 +317,12 @@ def more_example(dice: Random, split: str) -> Made:
     which, lang = dice.randrange(2), dice.choice(LANGUAGES)
     turns.append(turn("content", lang, ask_content(scenes[which], which, lang), dice))
     if split == "train":
+        # Both words, so that neither picture is the answer more often.
+        turns += [
+            turn("two", lang, ask_more(kind, a, b, fewer, lang), dice)
+            for lang in LANGUAGES
+            for fewer in (False, True)
+        ]
         turns += more_turns(dice, list(scenes))
     return finish(list(scenes), turns, split)
 

@@ -423,9 +423,16 @@ def ask(task: str, scene: Scene, dice: Random, focus: Group | None = None) -> Tu
 
 
 def ask_several(
-    scene: Scene, tasks: dict[str, float], dice: Random, n: int, focus: Group | None = None
+    scene: Scene,
+    tasks: dict[str, float],
+    dice: Random,
+    n: int,
+    focus: Group | None = None,
+    *,
+    spread: bool = True,
 ) -> list[Turn]:
-    """`n` turns or a few less, over different tasks first; `tasks` gives weights."""
+    """`n` turns or a few less; `tasks` gives weights. `spread`: over different tasks first;
+    else no two with the same answer, which is about the same thing in other words."""
     turns: list[Turn] = []
     left = dict(tasks)
     for _ in range(4 * n):
@@ -434,8 +441,10 @@ def ask_several(
         if not left:
             left = dict(tasks)
         task = dice.choices(list(left), list(left.values()))[0]
-        del left[task]
+        if spread:
+            del left[task]
         turn = ask(task, scene, dice, focus)
-        if turn and all(turn[2] != t[2] for t in turns):
+        told = 2 if spread else 3
+        if turn and all(turn[told] != t[told] for t in turns):
             turns.append(turn)
     return turns

@@ -77,7 +77,8 @@ class RotatingRowsAttention(RowsAttention):
         super().__init__(branch, owner, rows, dtype)
         self.rotation, self.heads = rotation, heads
 
-    def rotate_and_attend(self, layer: int, qkv: Tensor) -> Tensor:
+    def rotate_and_attend(self, layer: int, qkv: Tensor, bias: Tensor | None) -> Tensor:
+        """`bias` is in `qkv` already: where gradients flow no product comes in parts."""
         from tiny_trainer.fused_steps import split_rotated
 
         q, k, v = split_rotated(qkv, *self.rotation, *self.heads)

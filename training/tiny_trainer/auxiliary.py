@@ -87,5 +87,5 @@ class AuxiliaryHeads(nn.Module):
 
 
 def _balanced(scores: Tensor, target: Tensor, nothing: float, real: Tensor) -> Tensor:
-    weight = torch.where(target > 0, 1.0, nothing) * real
+    weight = (nothing + (1.0 - nothing) * (target > 0)) * real
     return (cross_entropy(scores, target, reduction="none") * weight).sum() / weight.sum().clamp(min=1e-6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import traceback
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -180,7 +181,7 @@ class Loop:
         packer.finish()
 
     def run(self, plan: Plan) -> None:
-        """Train until `plan.end` (or `plan.max_steps`). An interrupt ends the training, not the run."""
+        """Train until `plan.end` (or `plan.max_steps`). An interrupt or a fault ends the training, not the run."""
         weights = dict(self.base_weights)
         last_log = last_look = time.monotonic()
         self.reached = plan.first
@@ -205,12 +206,18 @@ class Loop:
                     self._log_line(progress, now - last_log)
                     last_log = now
                 if now - last_look >= plan.look_every:
-                    self.look(progress)
+                    try:
+                        self.look(progress)
+                    except Exception:
+                        self._log_failure("no look this time")
+                        self.trainer.optimizer.show_masters()
                     weights = schedule.family_weights(self.base_weights, self.accuracy, progress)
                     self.workers.set_weights(weights)
                     last_look = time.monotonic()
         except KeyboardInterrupt:
             self.log("interrupted: saving and evaluating what there is")
+        except Exception:
+            self._log_failure("training ends early, saving and evaluating what there is")
         else:
             self.reached = plan.last
 
@@ -240,6 +247,10 @@ class Loop:
         for failure in self.workers.failures[:2]:
             self.log("a worker failed: " + failure.strip().replace("\n", " / "))
         self.workers.failures.clear()
+
+    def _log_failure(self, what: str) -> None:
+        """Of the exception at hand, in one line."""
+        self.log(f"{what}: " + traceback.format_exc(limit=6).strip().replace("\n", " / "))
 
     def look(self, progress: float) -> None:
         """Ask the few held-out questions and save."""

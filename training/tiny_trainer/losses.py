@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from huoyan.models import qwen2
+from huoyan.layers import linear
 from huoyan.models.minicpmv import MiniCPMV
 from huoyan.models.patches import normalise
 from tiny_trainer.attention import RotatingRowsAttention, RowsAttention
@@ -99,12 +99,12 @@ def fused_silu_mul() -> Iterator[None]:
     """Inside, the decoder's MLP has a kernel that gradients flow through."""
     from tiny_trainer.fused_steps import silu_mul
 
-    plain = qwen2.silu_mul
-    qwen2.silu_mul = silu_mul
+    plain = linear.silu_mul
+    linear.silu_mul = silu_mul
     try:
         yield
     finally:
-        qwen2.silu_mul = plain
+        linear.silu_mul = plain
 
 
 def compute_losses(

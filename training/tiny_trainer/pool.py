@@ -17,7 +17,7 @@ from tiny_trainer.records import Record
 from tiny_trainer.workers import Delivery, Workers
 
 MOST_TOKENS = 1024
-"""Of an example; a longer one (there is hardly one in ten thousand) is left out."""
+"""Of an example; a longer one (one in a thousand or so) is left out."""
 
 
 @dataclass(eq=False)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from tiny_trainer.evaluation import GOALS
+
 _WARM_STEPS = 100
 _FLAT_UNTIL = 0.3
 _HEAD_START = 300
+_WITHOUT_GOAL = 0.7
 
 
 def learning_rate_scale(step: int, progress: float) -> float:
@@ -28,7 +31,8 @@ def auxiliary_scale(progress: float) -> float:
 def family_weights(
     base: Mapping[str, float], accuracy: Mapping[str, float], progress: float
 ) -> dict[str, float]:
-    """Families that are answered badly come more often, the more so the later; sums to 1.
+    """Families that are answered badly come more often, the more so the later; sums to 1. Those that no goal is set
+    for cost the others time: they come a little less often.
 
     Args:
         base: the generator's own weights.
@@ -37,7 +41,9 @@ def family_weights(
     pull = min(1.0, progress / 0.3)
     wanted = {}
     for name, weight in base.items():
-        if name in accuracy:
+        if name in accuracy and name not in GOALS:
+            weight *= 1.0 - pull + pull * _WITHOUT_GOAL
+        elif name in accuracy:
             weight *= 1.0 - pull + pull * (0.4 + 2.4 * min(1.0 - accuracy[name], 0.5))
         elif accuracy:
             weight *= 1.0 - 0.7 * progress

@@ -35,8 +35,10 @@ def load_state(optimizer: Optimizer, folder: Path) -> float:
     flat = torch.cat([load_file(file)["weights"] for file in files]) if files else torch.zeros(0)
     if len(flat) != expected:
         raise SystemExit(f"{folder} holds {len(flat)} weights in state-*.safetensors, not {expected}")
-    with safe_open(files[0], framework="pt") as file:
-        progress = float(json.loads(file.metadata()["progress"]))
+    reached = {_progress(file) for file in files}
+    if len(reached) > 1:
+        raise SystemExit(f"state-*.safetensors in {folder} are of different moments: {sorted(reached)}")
+    (progress,) = reached
     for master, part in zip(
         optimizer.masters, flat.split([m.numel() for m in optimizer.masters]), strict=True
     ):
@@ -44,3 +46,8 @@ def load_state(optimizer: Optimizer, folder: Path) -> float:
     torch._foreach_copy_(optimizer.averages, optimizer.masters)
     optimizer.show_masters()
     return progress
+
+
+def _progress(file: Path) -> float:
+    with safe_open(file, framework="pt") as opened:
+        return float(json.loads(opened.metadata()["progress"]))

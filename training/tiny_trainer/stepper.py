@@ -149,7 +149,11 @@ class Stepper:
         torch.cuda.synchronize()
         for p in self.trainer.optimizer.parameters:
             p.grad = None
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            self._learn()
+        graph, usual = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph, stream=stream):
+                self._learn()
+        finally:
+            # A capture that fails stays on its stream.
+            torch.cuda.set_stream(usual)
         return graph
