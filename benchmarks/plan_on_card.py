@@ -323,7 +323,7 @@ class Run:
 
     def _said(self) -> dict[str, Any]:
         from huoyan.engine.sizing import way_of_model
-        from huoyan.planning.memory import FRAGMENTS, graph_driver_bytes, memory, slack_bytes
+        from huoyan.planning.memory import cublas_bytes, graph_driver_bytes, memory
         from huoyan.planning.shapes import published_shapes
 
         engine, model = self.engine, self.engine.model
@@ -331,7 +331,7 @@ class Run:
         parts = memory(model.config, config, way, published_shapes(model.config), int4=way.int4 is not None)
         space = asdict(parts.workspace)
         driver = graph_driver_bytes(way, parts.limits) if parts.graphs else 0
-        cublas = slack_bytes(way, parts.workspace) - parts.workspace.total // FRAGMENTS if way.cuda else 0
+        cublas = cublas_bytes(way)
         return {
             "gpu_memory": config.gpu_memory,
             "kv_tokens": engine.size.num_blocks * config.block_size,
@@ -397,7 +397,7 @@ def show(report: dict[str, Any]) -> None:
     each = [found["driver"] / max(found["count"], 1) / MIB for found in report["graphs"].values()]
     driver = sum(found["driver"] for found in report["graphs"].values())
     print(
-        f"planning/memory.py: CUDA_CONTEXT at least {(report['most_outside'] - driver) / MIB:,.0f} MiB",
+        f"planning/driver.py: context at least {(report['most_outside'] - driver) / MIB:,.0f} MiB",
         end="",
     )
     print(f", GRAPH_DRIVER at least {max(each, default=0):.2f} MiB")
