@@ -369,11 +369,7 @@ def rows(report: dict[str, Any]) -> list[tuple[str, float, float | None]]:
     out: list[tuple[str, float, float | None]] = [
         ("weights (allocated)", said["weights"], weights["allocated"]),
         ("weights (reserved)", said["weights"], weights["reserved"]),
-        (
-            "KV cache, graphs' pools",
-            said["kv"] + said["graphs"] - said["graphs_driver"],
-            cache["allocated"] - weights["allocated"],
-        ),
+        ("KV cache, and what stays beside", said["kv"], cache["allocated"] - weights["allocated"]),
     ]
     out += [(f"moment: {name}", said[name], moments[name]) for name in MOMENTS]
     for name, found in graphs.items():
