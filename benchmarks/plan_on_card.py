@@ -4,8 +4,9 @@ usage: python benchmarks/plan_on_card.py [--formats bf16,int4] [--gpu-memory 24G
 
 The full-size model with random weights, each format in a process of its own, inside the cap: loading, the KV cache, a
 CUDA graph of every size, a context full of pictures, the longest strip, the largest batch, every kind of sampling, a
-prompt's log-probabilities. Memory inside is torch's own counters, outside the driver's free bytes; MiB all through.
-Everything is run, so a cap that is too tight shows as a failed row. `--toy` goes the same way at toy sizes, on a CPU.
+prompt's log-probabilities. With --json what is known is written after each load. Memory inside is torch's own counters,
+outside the driver's free bytes; MiB all through. Everything is run, so a cap that is too tight shows as a failed row.
+`--toy` goes the same way at toy sizes, on a CPU.
 """
 
 from __future__ import annotations
@@ -120,6 +121,15 @@ class Run:
         self.states: dict[str, dict[str, int]] = {}
         self.loads: list[dict[str, Any]] = []
         self.graphs: dict[str, Any] = {}
+        self.asked: dict[str, int] = {}
+        """What the next row says of its request besides."""
+
+    def _keep(self) -> None:
+        """What is known so far: a run that is cut off has it."""
+        part = {"format": self.kind, "states": self.states, "loads": self.loads, "moments": self.moments.most}
+        self.args.json.write_text(
+            json.dumps({**part, "most_outside": self.card.most_outside, "ended": False})
+        )
 
     def note(self, name: str) -> None:
         self.states[name] = self.card.read()
@@ -153,13 +163,13 @@ class Run:
         options = {
             "gpu_memory": self.args.gpu_memory, "max_num_seqs": self.args.max_num_seqs, "load_format": "dummy",
             "max_num_batched_tokens": self.args.max_num_batched_tokens, "kv_cache_dtype": self.args.kv_cache_dtype,
-            "enable_prefix_caching": False, "enforce_eager": self.args.enforce_eager,
+            "enable_prefix_caching": False, "enforce_eager": self.args.enforce_eager, "capture_at_start": True,
         }  # fmt: skip
         with folder_of(name, "dummy") as (folder, _):
             self.folder = Path(folder)
             runtime = load_runtime(parse_options(folder, options))
             self.engine = runtime.backend
-            self.note("weights and KV cache")
+            self.note("weights, KV cache, graphs")
             self.runtime, self.llm = runtime, LLM.from_runtime(runtime)
             self.moments = Moments(self.engine, self.card)
             self._loads()
@@ -169,7 +179,7 @@ class Run:
         report = {
             "format": self.kind, "states": self.states, "loads": self.loads, "graphs": self.graphs,
             "moments": self.moments.most, "retries": retries, "before": self.card.before,
-            "most_outside": self.card.most_outside, **self._said(),
+            "most_outside": self.card.most_outside, "ended": True, **self._said(),
         }  # fmt: skip
         self.llm.close()
         return report
@@ -183,18 +193,12 @@ class Run:
         engine = self.engine
         context, seats = engine.size.max_model_len, engine.config.max_num_seqs
         self._load("one picture", lambda: [requests.pictures([(448, 448)], params(4))])
-        if engine.runner._graphs is not None:
-            for size in engine.runner._graphs._sizes:
-                self._load(f"{size} decodes", lambda n=size: [requests.words(9, params(8)) for _ in range(n)])
-        for tokens in (60, 250, 500, 760):
-            self._load(
-                f"prompts of {tokens}", lambda n=tokens: [requests.words(n, params(1)) for _ in range(4)], 1
-            )
+        # The largest request that is legal comes first: a run that is cut off has it.
+        self._load("a context full of pictures", lambda: [self._full(requests, params(4))])
         for size in ((448, 448), (300, 600), (600, 300), (500, 400), (400, 500)):
             self._load(
                 f"pictures {size}", lambda s=size: [requests.pictures([s], params(2)) for _ in range(3)], 1
             )
-        self._load("a context full of pictures", lambda: [self._full(requests, params(4))])
         self._load("the longest strip", lambda: [requests.pictures([self._strip()], params(2))])
         few = max(seats // 2, 1)
         self._load(
@@ -230,10 +234,14 @@ class Run:
         row = {
             "load": name, "seconds": time.perf_counter() - begun, "tokens": tokens, "at_once": most,
             "preemptions": self.engine.stats().preemptions - before.preemptions, "retries": self.card.retries(),
-            "error": failed, **found,
+            "error": failed, **self.asked, **found,
         }  # fmt: skip
+        self.asked = {}
         self.loads.append(row)
+        self._keep()
         shown = "  ".join(f"{k} {row[k] / MIB:,.0f}" for k in ("reserved", "most_reserved", "outside"))
+        if "pictures" in row:
+            shown += f"  {row['pictures']} pictures, {row['prompt_tokens']:,} tokens and {tokens} more"
         wrong = f"  FAILED: {failed}" if failed else ""
         head = f"  {name:28} {row['seconds']:6.1f} s  {most:4} at once  {shown}"
         print(f"{head}  retries {row['retries']}{wrong}", flush=True)
@@ -249,6 +257,8 @@ class Run:
         room = self.engine.size.max_model_len - one.prompt - sampling.max_tokens
         # The numbers of pictures have more digits as they go on.
         count = 1 + room // (two.prompt - one.prompt + 2)
+        prompt = one.prompt + (count - 1) * (two.prompt - one.prompt)
+        self.asked = {"pictures": count, "prompt_tokens": prompt}
         return requests.pictures([(1344, 1344)] * count, sampling)
 
     def _strip(self) -> tuple[int, int]:
@@ -323,7 +333,7 @@ class Run:
 
     def _said(self) -> dict[str, Any]:
         from huoyan.engine.sizing import way_of_model
-        from huoyan.planning.memory import FRAGMENTS, graph_driver_bytes, memory, slack_bytes
+        from huoyan.planning.memory import cublas_bytes, graph_driver_bytes, memory
         from huoyan.planning.shapes import published_shapes
 
         engine, model = self.engine, self.engine.model
@@ -331,7 +341,7 @@ class Run:
         parts = memory(model.config, config, way, published_shapes(model.config), int4=way.int4 is not None)
         space = asdict(parts.workspace)
         driver = graph_driver_bytes(way, parts.limits) if parts.graphs else 0
-        cublas = slack_bytes(way, parts.workspace) - parts.workspace.total // FRAGMENTS if way.cuda else 0
+        cublas = cublas_bytes(way)
         return {
             "gpu_memory": config.gpu_memory,
             "kv_tokens": engine.size.num_blocks * config.block_size,
@@ -350,7 +360,8 @@ class Run:
 def rows(report: dict[str, Any]) -> list[tuple[str, float, float | None]]:
     """(part, predicted, measured) in MiB."""
     said, states, moments = report["said"], report["states"], report["moments"]
-    weights, cache, end = states["weights"], states["weights and KV cache"], states["in the end"]
+    weights, end = states["weights"], states["in the end"]
+    cache = states["weights, KV cache, graphs"]
     graphs = report["graphs"]
     inside = end["most_reserved"]
     pools = sum(found["torch"] for found in graphs.values())
@@ -397,7 +408,7 @@ def show(report: dict[str, Any]) -> None:
     each = [found["driver"] / max(found["count"], 1) / MIB for found in report["graphs"].values()]
     driver = sum(found["driver"] for found in report["graphs"].values())
     print(
-        f"planning/memory.py: CUDA_CONTEXT at least {(report['most_outside'] - driver) / MIB:,.0f} MiB",
+        f"planning/driver.py: context at least {(report['most_outside'] - driver) / MIB:,.0f} MiB",
         end="",
     )
     print(f", GRAPH_DRIVER at least {max(each, default=0):.2f} MiB")
@@ -435,17 +446,16 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         for kind in args.formats.split(","):
             print(f"{kind}:", flush=True)
-            file = Path(temporary) / f"{kind}.json"
+            file = (args.json or Path(temporary) / "plan.json").with_suffix(f".{kind}.json")
             command = [sys.executable, __file__, *sys.argv[1:], "--one", kind, "--json", str(file)]
             done = subprocess.run(command, env=os.environ, check=False)
             if done.returncode or not file.exists():
                 print(f"{kind}: the process ended with {done.returncode}")
                 continue
             reports.append(json.loads(file.read_text()))
-    for report in reports:
-        show(report)
-    if args.json:
-        args.json.write_text(json.dumps(reports, indent=1))
+            show(reports[-1])
+            if args.json:
+                args.json.write_text(json.dumps(reports, indent=1))
     return 0 if len(reports) == len(args.formats.split(",")) else 1
 
 

@@ -44,6 +44,49 @@ def test_tiny_against_tiny_int4(huoyan: Command, red: Path, tmp_path: Path) -> N
             assert asked["input_tokens"] > 64
 
 
+@pytest.mark.skipif(not TINY.is_dir(), reason="the embedded model is not in this checkout")
+def test_a_run_that_was_cut_off_goes_on(
+    huoyan: Command, red: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every cell is there as soon as it is measured, and is not measured again."""
+    file = tmp_path / "compare.json"
+    command = (
+        "bench", "compare", "tiny", "tiny-int4", *SMALL, "--max-model-len", 256, "--batch-length", 64,
+        "--picture", red, "--json", file, "--resume", "--small-kv", "int8",
+    )  # fmt: skip
+    measured: list[str] = []
+    batch, longest = compare._batch, compare._longest
+
+    def cut(*given: Any) -> Any:
+        measured.append("batch")
+        raise KeyboardInterrupt
+
+    def counted(*given: Any) -> Any:
+        measured.append("longest")
+        return longest(*given)
+
+    monkeypatch.setattr(compare, "_longest", counted)
+    monkeypatch.setattr(compare, "_batch", cut)
+    assert huoyan(*command).code != 0
+    first = json.loads(file.read_text())["models"]
+    assert first[0].keys() >= {"model", "model_bytes", "beams", "greedy", "longest"}
+    assert "batch" not in first[0]
+    assert first[1] == {}
+    monkeypatch.setattr(compare, "_batch", batch)
+    done = huoyan(*command)
+    assert done.code == 0, done.err
+    assert measured == ["longest", "batch", "longest"]
+    second = json.loads(file.read_text())["models"]
+    assert {name: second[0][name] for name in first[0]} == first[0]
+    assert all(column["small"]["batch"]["proved"] == 4 for column in second)
+    monkeypatch.setattr(compare, "opened", None)
+    again = huoyan(*command)
+    assert (again.code, again.out) == (0, done.out), "nothing is left to measure"
+    other = huoyan(*command, "--beams", 4)
+    assert (other.code, other.err.count("\n")) == (2, 1)
+    assert "another question" in other.err
+
+
 @pytest.fixture
 def red(tmp_path: Path) -> Path:
     from PIL import Image

@@ -255,7 +255,7 @@ def test_the_plan_beside_a_card_is_shown(capsys: pytest.CaptureFixture[str]) -> 
     report = {
         "format": "bf16", "kv_tokens": 1000, "kv_tokens_by_plan": 990, "max_model_len": 100, "max_num_seqs": 4,
         "retries": 0, "loads": [{"load": "x", "error": "out of memory"}], "gpu_memory": 24 << 30,
-        "states": dict.fromkeys(("weights", "weights and KV cache", "in the end"), state),
+        "states": dict.fromkeys(("weights", "weights, KV cache, graphs", "in the end"), state),
         "graphs": {"decode": {"count": 4, "torch": 40 << 20, "driver": 8 << 20}},
         "moments": dict.fromkeys(plan_on_card.MOMENTS, 100 << 20), "most_outside": 1 << 29, "torch_limit": 23 << 30,
         "said": {

@@ -12,12 +12,15 @@ from huoyan.errors import InputError
 from huoyan.planning.advice import what_fits
 from huoyan.planning.allocator import grows, reserved_bytes
 from huoyan.planning.budget import CardState, card_budget
+from huoyan.planning.driver import GRAPH_DRIVER, context_bytes
 from huoyan.planning.graphs import graph_sizes
-from huoyan.planning.memory import CUDA_CONTEXT, GRAPH_DRIVER, Memory, graph_driver_bytes, memory
+from huoyan.planning.memory import Memory, graph_driver_bytes, memory
 from huoyan.planning.shapes import published_shapes
 from huoyan.planning.sizes import GIB, MIB, gib, parse_bytes
 from huoyan.planning.workspace import Way
 from tests.plan.shapes import FULL
+
+CONTEXT = context_bytes()
 
 SHAPES = published_shapes(FULL)
 CUDA = Way(itemsize=2, cuda=True)
@@ -111,13 +114,13 @@ def test_what_was_told_is_kept_to(seed: int) -> None:
     for _ in range(200):
         total = rng.randint(8, 141) * GIB
         reserved = rng.randint(1, total // GIB - 2) * GIB // 2
-        outside = rng.choice([CUDA_CONTEXT // 2, CUDA_CONTEXT, 2 * CUDA_CONTEXT, 3 * CUDA_CONTEXT, 5 * GIB])
+        outside = rng.choice([CONTEXT // 2, CONTEXT, 2 * CONTEXT, 3 * CONTEXT, 5 * GIB])
         free = max(total - reserved - outside, 0)
         beside, driver = rng.randint(100, 2000) * MIB, rng.randint(0, 50) * MIB
         told = rng.choice([None, rng.randint(1, total // GIB) * GIB])
         utilization = rng.choice([0.3, 0.9, 1.0])
         found = card_budget(CardState(total, free, reserved), utilization, told, beside, driver)
-        ours = min(outside, 2 * CUDA_CONTEXT) if outside <= 2 * CUDA_CONTEXT else CUDA_CONTEXT
+        ours = min(outside, 2 * CONTEXT) if outside <= 2 * CONTEXT else CONTEXT
         if found.kv <= 0:
             continue
         assert found.kv + beside <= free, "more than the card has"
@@ -133,8 +136,8 @@ def test_what_was_told_is_kept_to(seed: int) -> None:
 def test_a_cap_on_a_large_card_gives_what_the_small_card_has() -> None:
     """`gpu_memory="24GiB"` on an H200 is a card of 24 GiB with nothing else on it."""
     weights = 16 * GIB
-    large = CardState(140 * GIB, 140 * GIB - weights - CUDA_CONTEXT, weights)
-    small = CardState(24 * GIB, 24 * GIB - weights - CUDA_CONTEXT, weights)
+    large = CardState(140 * GIB, 140 * GIB - weights - CONTEXT, weights)
+    small = CardState(24 * GIB, 24 * GIB - weights - CONTEXT, weights)
     assert card_budget(large, 0.9, 24 * GIB, GIB).kv == card_budget(small, 1.0, None, GIB).kv
 
 

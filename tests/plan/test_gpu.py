@@ -9,7 +9,7 @@ import torch
 
 from huoyan.engine.config import EngineConfig
 from huoyan.engine.engine import Engine
-from huoyan.planning.memory import CUDA_CONTEXT
+from huoyan.planning.driver import context_bytes
 from huoyan.planning.sizes import GIB
 from tests.plan.shapes import Makes, random_model
 
@@ -39,5 +39,5 @@ def test_a_card_is_not_taken_beyond_what_was_told(seed: int, eager: bool) -> Non
         errors += [output.error for output in engine.step() if output.error is not None]
     assert not errors
     assert torch.cuda.max_memory_reserved() <= engine.size.torch_bytes  # type: ignore[operator]
-    assert torch.cuda.max_memory_reserved() + CUDA_CONTEXT <= told
+    assert torch.cuda.max_memory_reserved() + context_bytes() <= told
     engine.close()

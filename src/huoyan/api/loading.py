@@ -112,6 +112,7 @@ def engine_config(folder: Path, options: EngineOptions) -> EngineConfig:
 def _open_native(folder: Path, frontend: CheckpointFrontend, options: EngineOptions) -> Backend:
     import torch
 
+    from huoyan.engine.driver_limits import lower_stack_limit
     from huoyan.engine.engine import Engine
     from huoyan.engine.segments import let_segments_grow
     from huoyan.engine.sizing import check_before_loading, limit_torch
@@ -124,6 +125,7 @@ def _open_native(folder: Path, frontend: CheckpointFrontend, options: EngineOpti
     config = engine_config(folder, options)
     tokenizer = frontend.tokenizer
     let_segments_grow(torch.device(device))
+    lower_stack_limit(torch.device(device))
     check_before_loading(config, checkpoint, torch.device(device), options.dtype, dummy=dummy)
     try:
         with _loading_bar(checkpoint.nbytes, options.model) as progress:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 QUESTION = "请描述这张图片"
 """The recipe's."""
+_CELLS = ("beams", "greedy", "longest", "batch")
+"""What is measured of a loaded model, one after the other."""
 _LAST = 8
 """Tokens generated at the end of the longest context."""
 
@@ -91,8 +93,18 @@ class Column:
     """That the cache holds."""
     small: Small | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+    @classmethod
+    def of(cls, cells: dict[str, Any]) -> Column:
+        """Of what `compare` keeps."""
+        small = cells.get("small")
+        if small is not None:
+            small = Small(small["kv_cache_dtype"], Most(**small["batch"]), small["kv_tokens"])
+        read: dict[str, Any] = {
+            **{name: Asked(**cells[name]) for name in ("beams", "greedy")},
+            **{name: Most(**cells[name]) for name in ("longest", "batch")},
+            "small": small,
+        }
+        return cls(**{**cells, **read})
 
 
 @dataclass(frozen=True)
@@ -112,6 +124,8 @@ def compare(
     question: Question,
     note: Callable[[str], None],
     small_kv: str | None = None,
+    kept: Sequence[dict[str, Any]] | None = None,
+    keep: Callable[[], None] = lambda: None,
     **options: Any,
 ) -> Iterator[Column]:
     """Load, measure and close each model in its turn.
@@ -119,28 +133,40 @@ def compare(
     Args:
         note: told what is being measured.
         small_kv: an 8-bit KV cache, with which the largest batch is run as well.
+        kept: a dictionary for each model, which gets its cells; those that are there are not measured again.
+        keep: called after each cell.
         options: of `LLM`; `gpu_memory` is the cap inside of which all of it happens. `max_num_seqs` None is as many
             as the cap holds of the batch's sequences.
 
     Raises:
         HuoyanError: a model cannot be opened, or the question cannot be answered.
     """
-    for model in models:
-        before = _allocated()
+    for model, cells in zip(models, kept or [{} for _ in models], strict=True):
         # What one cell has computed must not help the next.
         own = {**options, "enable_prefix_caching": False}
-        with opened(model, **seats_for(model, question.batch_length, own)) as loaded:
-            column = _column(loaded, question, note, before)
-        if small_kv is not None:
+        if not all(name in cells for name in _CELLS):
+            before = _allocated()
+            with opened(model, **seats_for(model, question.batch_length, own)) as loaded:
+                _measure(loaded, question, note, before, cells, keep)
+        if small_kv is not None and "small" not in cells:
             own["kv_cache_dtype"] = small_kv
             with opened(model, **seats_for(model, question.batch_length, own)) as loaded:
                 note(f"{loaded.name}: the largest batch with a KV cache in {small_kv}")
                 batch = _batch(loaded, loaded.llm(), Requests(question.seed), question.batch_length)
-                column = replace(column, small=Small(small_kv, batch, _kv_tokens(loaded)))
-        yield column
+                cells["small"] = asdict(Small(small_kv, batch, _kv_tokens(loaded)))
+                keep()
+        yield Column.of(cells)
 
 
-def _column(loaded: Opened, question: Question, note: Callable[[str], None], before: int) -> Column:
+def _measure(
+    loaded: Opened,
+    question: Question,
+    note: Callable[[str], None],
+    before: int,
+    cells: dict[str, Any],
+    keep: Callable[[], None],
+) -> None:
+    """Fill in the cells that are missing. `before`: bytes that torch's allocator had before the model was loaded."""
     engine, llm = loaded.engine, loaded.llm()
     device = engine.model.device
     if device.type == "cuda":
@@ -148,17 +174,31 @@ def _column(loaded: Opened, question: Question, note: Callable[[str], None], bef
         source = "torch's allocator after loading, less the KV cache"
     else:
         model_bytes, source = tensor_bytes(engine.model), "tensors counted"
+    cells.update(
+        model=loaded.name, model_bytes=model_bytes, memory_source=source, kv_tokens=_kv_tokens(loaded)
+    )
     requests = Requests(question.seed)
-    note(f"{loaded.name}: beams of {question.beams} on the picture")
-    beams = _ask(loaded, llm, requests, question, question.beams)
-    note(f"{loaded.name}: greedy on the picture")
-    greedy = _ask(loaded, llm, requests, question, 1)
-    note(f"{loaded.name}: the longest context, {engine.size.max_model_len} tokens")
-    longest = _longest(loaded, llm, requests)
-    note(f"{loaded.name}: the largest batch")
-    batch = _batch(loaded, llm, requests, question.batch_length)
-    peak = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
-    return Column(loaded.name, beams, greedy, model_bytes, source, peak, longest, batch, _kv_tokens(loaded))
+    measures: dict[str, tuple[str, Callable[[], Asked | Most]]] = {
+        "beams": (
+            f"beams of {question.beams} on the picture",
+            lambda: _ask(loaded, llm, requests, question, question.beams),
+        ),
+        "greedy": ("greedy on the picture", lambda: _ask(loaded, llm, requests, question, 1)),
+        "longest": (
+            f"the longest context, {engine.size.max_model_len} tokens",
+            lambda: _longest(loaded, llm, requests),
+        ),
+        "batch": ("the largest batch", lambda: _batch(loaded, llm, requests, question.batch_length)),
+    }
+    for name, (words, measure) in measures.items():
+        if name in cells:
+            continue
+        note(f"{loaded.name}: {words}")
+        cells[name] = asdict(measure())
+        # Of several runs the most that any had.
+        peak = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
+        cells["peak_bytes"] = max(peak, cells.get("peak_bytes") or 0) if peak is not None else None
+        keep()
 
 
 def _kv_tokens(loaded: Opened) -> int:

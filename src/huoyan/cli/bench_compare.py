@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -61,6 +61,9 @@ def compare(
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Times the question is asked.")] = 3,
     seed: SeedOption = 0,
     json_file: JsonFileOption = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with what --json FILE holds of the same question.")
+    ] = False,
 ) -> None:
     """What one checkpoint gains over another: the recipe's table, each cell measured.
 
@@ -68,13 +71,17 @@ def compare(
 
     Speed and answer on one picture, with beams and greedy; the model's memory; the
     longest context, by generating at its end; the largest batch, by running it.
+    --json is written after each cell, and --resume measures those that are missing.
     """
     import torch
 
     import huoyan
+    from huoyan.api.loading import pick_device
     from huoyan.bench.compare import Question, markdown_table, text_table
     from huoyan.bench.compare import compare as run
+    from huoyan.bench.text_files import write_json
     from huoyan.cli.console import dim
+    from huoyan.errors import InputError
     from huoyan.media.picture import Picture
 
     if plot is not None:
@@ -87,22 +94,54 @@ def compare(
         "load_format": load_format, "hub": hub, "revision": revision, "device": device, "dtype": dtype,
         "max_model_len": max_model_len, "max_num_seqs": max_num_seqs, "gpu_memory": gpu_memory, "seed": seed,
     }  # fmt: skip
-    found = list(run((model_a, model_b), question, dim, small_kv, **options))
+    where = (
+        torch.cuda.get_device_name()
+        if pick_device(device).startswith("cuda")
+        else f"a CPU, {torch.get_num_threads()} threads"
+    )
+    height, width = question.picture.pixels.shape[:2]
+    settings = {**options, "models": [model_a, model_b], "picture": str(file), "picture_size": [width, height],
+                "beams": beams, "max_tokens": max_tokens, "batch_length": batch_length, "repeats": repeats,
+                "small_kv": small_kv}  # fmt: skip
+    kept: list[dict[str, Any]] = [{}, {}]
+    if resume:
+        if json_file is None:
+            raise InputError("--resume goes on with a file: give --json FILE")
+        kept = _kept(json_file, where, settings) or kept
+
+    def keep() -> None:
+        if json_file is not None:
+            write_json(json_file, {"device": where, "settings": settings, "models": kept})
+
+    found = list(run((model_a, model_b), question, dim, small_kv, kept, keep, **options))
     print(markdown_table(found, question) if markdown else text_table(found, question))
-    on_cuda = found[0].peak_bytes is not None
-    where = torch.cuda.get_device_name() if on_cuda else f"a CPU, {torch.get_num_threads()} threads"
     cap = f"inside {gpu_memory}" if gpu_memory else "without a cap"
     print(f"\nOn {where}, {cap}; memory of the model: {found[0].memory_source}.")
-    if json_file is not None:
-        from huoyan.bench.text_files import write_json
-
-        height, width = question.picture.pixels.shape[:2]
-        settings = {**options, "picture": str(file), "picture_size": (width, height), "beams": beams,
-                    "max_tokens": max_tokens, "batch_length": batch_length, "repeats": repeats,
-                    "small_kv": small_kv}  # fmt: skip
-        columns = [column.to_dict() for column in found]
-        write_json(json_file, {"device": where, "settings": settings, "models": columns})
+    keep()
     if plot is not None:
         from huoyan.bench.plot import draw
 
         draw(found, plot)
+
+
+def _kept(file: Path, where: str, settings: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """The cells in `file`; None where there is no such file.
+
+    Raises:
+        InputError: they are of another question or device.
+    """
+    import json
+
+    from huoyan.errors import InputError
+
+    if not file.exists():
+        return None
+    try:
+        report = json.loads(file.read_text())
+        kept, same = report["models"], (report["device"], report["settings"]) == (where, settings)
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file} is not what `huoyan bench compare --json` writes") from error
+    if not same:
+        raise InputError(f"{file} holds the cells of another question or device: give another file")
+    cells: list[dict[str, Any]] = kept
+    return cells

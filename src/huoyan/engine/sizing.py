@@ -7,10 +7,12 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from huoyan.engine.driver_limits import stack_limit_is_low
 from huoyan.engine.kv_format import KV_CACHE_DTYPES, kv_bytes_per_token
 from huoyan.errors import CapacityError, InputError
 from huoyan.planning.advice import what_fits
 from huoyan.planning.budget import Budget, CardState, card_budget, host_budget
+from huoyan.planning.driver import context_bytes
 from huoyan.planning.memory import (
     graph_bytes,
     graph_driver_bytes,
@@ -157,9 +159,9 @@ def _budget(config: EngineConfig, model: MiniCPMV, way: Way, limits: Limits) -> 
     """None where nobody told how much: on a CPU without `gpu_memory`, and on other devices."""
     beside, driver = beside_weights(config, model.config, way, limits)
     if model.device.type == "cuda":
-        return card_budget(
-            card_state(model.device), config.gpu_memory_utilization, config.gpu_memory, beside, driver
-        )
+        context = context_bytes(stack_limit_is_low(model.device))
+        state = card_state(model.device)
+        return card_budget(state, config.gpu_memory_utilization, config.gpu_memory, beside, driver, context)
     if config.gpu_memory is not None:
         return host_budget(config.gpu_memory, tensor_bytes(model), beside)
     return None

@@ -20,7 +20,7 @@ def add_layer_norm_reference(
 
 @triton.jit
 def _kernel(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, normed_ptr, sum_ptr, width, eps,
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, normed_ptr, width, eps,
     HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     begin(OVERLAP)
@@ -35,7 +35,7 @@ def _kernel(
     if HAS_RESIDUAL:
         residual = tl.load(residual_ptr + row + column, mask=ok, other=0.0)
         x = (x.to(tl.float32) + residual.to(tl.float32)).to(dtype)
-        tl.store(sum_ptr + row + column, x, mask=ok)
+        tl.store(x_ptr + row + column, x, mask=ok)
     value = x.to(tl.float32)
     centred = tl.where(ok, value - tl.sum(value, axis=0) / width, 0.0)
     scale = tl.rsqrt(tl.sum(centred * centred, axis=0) / width + eps)
@@ -45,16 +45,14 @@ def _kernel(
 def add_layer_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """(layer_norm(x + residual), x + residual) for x, residual [T, width], contiguous; without a residual the second
-    result is x itself."""
+    """(layer_norm(x + residual), x + residual) of contiguous x, residual [T, width]. The second is x, written over."""
     rows, width = x.shape
     normed = torch.empty_like(x)
-    total = x if residual is None else torch.empty_like(x)
     block = triton.next_power_of_2(width)
     overlap = x.is_cuda and overlaps()
     _kernel[(rows,)](
-        x, residual if residual is not None else x, weight, bias, normed, total, width, eps,
+        x, residual if residual is not None else x, weight, bias, normed, width, eps,
         HAS_RESIDUAL=residual is not None, BLOCK=block, OVERLAP=overlap,
         num_warps=min(8, max(1, block // 512)), **launch_options(overlap),
     )  # fmt: skip
-    return normed, total
+    return normed, x

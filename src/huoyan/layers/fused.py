@@ -12,7 +12,8 @@ from huoyan.planning.pieces import FEW_ROWS
 def add_norm(norm: RMSNorm | LayerNorm, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
     """(norm(x + residual), x + residual) for [T, width]; without a residual the second is x.
 
-    On CUDA, before an RMS norm, x may be float32 parts, [S, T, width], whose sum is meant.
+    On CUDA, before an RMS norm, x may be float32 parts, [S, T, width], whose sum is meant. Before a layer norm the sum
+    is written over x where nothing is to be differentiated: of the encoder's patches there are many.
     """
     if _use_kernel(x):
         if isinstance(norm, LayerNorm):
@@ -22,7 +23,10 @@ def add_norm(norm: RMSNorm | LayerNorm, x: Tensor, residual: Tensor | None) -> t
         from huoyan.kernels.add_rms_norm import add_rms_norm
 
         return add_rms_norm(x, residual, norm.weight, norm.eps)
-    total = x if residual is None else x + residual
+    if residual is None:
+        return norm(x), x
+    over = isinstance(norm, LayerNorm) and not torch.is_grad_enabled()
+    total = x.add_(residual) if over else x + residual
     return norm(total), total
 
 

@@ -93,7 +93,11 @@ def gelu_of(linear: nn.Module, x: Tensor) -> Tensor:
         weight = cast(Linear, linear).weight
         fused: Tensor = torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
         return fused
-    return nn.functional.gelu(linear(x), approximate="tanh")
+    wide: Tensor = linear(x)
+    if torch.is_grad_enabled():
+        return nn.functional.gelu(wide, approximate="tanh")
+    # The widest tensor of the encoder: written over.
+    return torch.ops.aten.gelu_(wide, approximate="tanh")  # type: ignore[no-any-return]
 
 
 @lru_cache(maxsize=1)

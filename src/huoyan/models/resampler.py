@@ -13,6 +13,7 @@ from huoyan.layers.packed_attention import packed_attention
 from huoyan.models.config import ModelConfig
 from huoyan.models.patches import Grid
 from huoyan.models.siglip import PackedGrids
+from huoyan.planning.pieces import PROJECTED_PATCHES
 
 _NORM_EPS = 1e-6
 
@@ -61,10 +62,19 @@ class CrossAttention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
         self.out_proj = Linear(width, (width,), bias=True)
 
-    def project(self, which: int, x: Tensor) -> Tensor:
-        """Queries (0), keys (1) or values (2) of x [rows, width]: [rows, heads, head_dim]."""
+    def project(self, which: int, x: Tensor, *, over: bool = False) -> Tensor:
+        """Queries (0), keys (1) or values (2) of x [rows, width]: [rows, heads, head_dim].
+
+        `over`: many rows are written over x, some at a time, where nothing is to be differentiated.
+        """
         weight, bias = self.in_proj_weight.chunk(3)[which], self.in_proj_bias.chunk(3)[which]
-        heads: Tensor = nn.functional.linear(x, weight, bias).unflatten(-1, (self.heads, -1))
+        pieces = -(-len(x) // PROJECTED_PATCHES)
+        if over and pieces > 1 and not torch.is_grad_enabled():
+            for rows in x.chunk(pieces):
+                rows.copy_(nn.functional.linear(rows, weight, bias))
+        else:
+            x = nn.functional.linear(x, weight, bias)
+        heads: Tensor = x.unflatten(-1, (self.heads, -1))
         return heads
 
     def forward(
@@ -104,8 +114,8 @@ class Resampler(nn.Module):
         grids = PackedGrids.of(grids)
         values = self.ln_kv(self.kv_proj(x))
         # Each [P, width] is given up as soon as it is projected: here the encoder takes the most memory.
-        keys = self.attn.project(1, self.positions(grids, x.device, values.dtype).add_(values))
-        values = self.attn.project(2, values)
+        keys = self.attn.project(1, self.positions(grids, x.device, values.dtype).add_(values), over=True)
+        values = self.attn.project(2, values, over=True)
         query = self.attn.project(0, self.ln_q(self.query))
         out = self.attn(query, keys, values, grids.query_lengths(len(query)), grids.lengths)
         projected: Tensor = self.ln_post(out) @ self.proj

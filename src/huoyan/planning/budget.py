@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from huoyan.planning.memory import CUDA_CONTEXT
+from huoyan.planning.driver import context_bytes
 from huoyan.planning.sizes import gib
 
 
@@ -33,7 +33,12 @@ class Budget:
 
 
 def card_budget(
-    card: CardState, utilization: float, gpu_memory: int | None, beside: int, driver: int = 0
+    card: CardState,
+    utilization: float,
+    gpu_memory: int | None,
+    beside: int,
+    driver: int = 0,
+    context: int | None = None,
 ) -> Budget:
     """Divide a card.
 
@@ -42,11 +47,13 @@ def card_budget(
         gpu_memory: what this process may take, its CUDA context included.
         beside: bytes of everything but weights (which lie there), KV cache and context.
         driver: how many of those the driver takes and not torch (of captured graphs).
+        context: what the CUDA context comes to; None as planned.
     """
     used = card.total - card.free
     # What is in use beyond torch's own is our context, and other processes if it is far more than a context.
     outside = used - card.reserved
-    context = max(outside, CUDA_CONTEXT) if outside <= 2 * CUDA_CONTEXT else CUDA_CONTEXT
+    known = context_bytes() if context is None else context
+    context = max(outside, known) if outside <= 2 * known else known
     to_come = max(context - outside, 0)
     left_on_card = card.free - to_come - beside
     if gpu_memory is None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from huoyan.engine.kv_format import kv_bytes_per_token
 from huoyan.planning.allocator import grows, reserved_bytes
+from huoyan.planning.driver import GRAPH_DRIVER, context_bytes
 from huoyan.planning.graphs import PREFILL_GRAPH_TOKENS, captured_rows, graph_sizes
 from huoyan.planning.pieces import (
     ENCODER_GRAPH_PATCHES,
@@ -33,16 +34,10 @@ if TYPE_CHECKING:
     from huoyan.models.config import ModelConfig
     from huoyan.planning.shapes import Shape
 
-CUDA_CONTEXT = 704 * MIB
-"""The driver's context with the kernels that get loaded; outside of torch's books. An H200 with torch of CUDA 13 had
-615 MiB of it before the first weight was there and 753 after a first answer, a few graphs included; a smaller GPU has
-less."""
 CUBLAS = 32 * MIB
 """cuBLAS's workspace on Hopper, the largest; it keeps one for every stream."""
-GRAPH_DRIVER = 4 * MIB
-"""What the driver keeps of one captured decode step, an estimate."""
 FRAGMENTS = 16
-"""One part in this many of the workspace is lost between tensors of different sizes."""
+"""One part in this many of what comes and goes is lost between tensors of different sizes."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +104,7 @@ def memory(
         pictures=pictures,
         graphs=graph_bytes(config, engine, way, limits),
         slack=slack_bytes(way, space) + rounding,
-        context=CUDA_CONTEXT if way.cuda else 0,
+        context=context_bytes() if way.cuda else 0,
         kv_token=kv_bytes_per_token(config.text, way.itemsize, kv_dtype),
         limits=limits,
         block_size=engine.block_size,
@@ -177,8 +172,12 @@ def slack_bytes(way: Way, space: Workspace) -> int:
     """Rounding of the allocator where tensors come and go, and cuBLAS's workspaces; nothing on a CPU."""
     if not way.cuda:
         return 0
-    # The step's own stream, and the encoder's.
-    return (1 + way.kernels) * CUBLAS + space.total // FRAGMENTS
+    return cublas_bytes(way) + space.peak // FRAGMENTS
+
+
+def cublas_bytes(way: Way) -> int:
+    """Its workspaces: of the step's own stream, and of the encoder's."""
+    return (1 + way.kernels) * CUBLAS if way.cuda else 0
 
 
 def _resident(config: ModelConfig, shapes: Mapping[str, Shape], way: Way) -> list[int]:

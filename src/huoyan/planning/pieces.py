@@ -28,6 +28,8 @@ COPIED_BLOCKS = 16
 """Blocks of the KV cache that are copied, by way of as much memory."""
 PICTURE_SLICES = 64
 """Slices that one picture may have even where the picture cache holds fewer."""
+PROJECTED_PATCHES = 2048
+"""Patches whose keys or values the resampler makes at once, over what they are made of."""
 BESIDE_PATCHES = 11 * 1024
 """Patches that are resized and encoded in one go on CUDA: a picture of ten slices."""
 BESIDE_PASS = 4 * 1100

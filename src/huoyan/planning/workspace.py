@@ -23,6 +23,7 @@ from huoyan.planning.pieces import (
     MASK_VALUES,
     NOISE_LOGITS,
     NOISE_LOGITS_CUDA,
+    PROJECTED_PATCHES,
     PROMPT_LOGITS,
     SORTED_LOGITS,
     dense_rows,
@@ -144,19 +145,21 @@ def encoder(config: ModelConfig, way: Way, patches: int, slices: int, *, held: b
         pixels * 4,
         # Embeddings of pixels and of positions, their sum, and which positions.
         3 * C * e + 16,
-        # x, its norm, q k v, on CUDA a contiguous copy of each, elsewhere one of a run's answer; the answer; lse.
-        9 * C * e + 4 * vision.num_attention_heads,
-        # The layer's x, x after attention, its norm, the MLP's two widths; later its answer and the sum.
-        max(3 * C + 2 * M, 5 * C + M) * e,
-        # x; keys and values before or after their projection, one of them in both forms.
-        max(C + 3 * width, 2 * C + 2 * width) * e,
+        # x, its norm, q k v, the answer, its projection; lse. Off our kernels' way a copy of each, or of the answer.
+        (7 if way.cuda and way.kernels and way.grouped else 9) * C * e + 4 * vision.num_attention_heads,
+        # The layer's x, x after attention, its norm, the MLP's width, written over; its answer.
+        (4 * C + M) * e,
+        # The encoder's last x and its norm; what the resampler makes of them, and its norm.
+        (2 * C + 2 * width) * e,
     ]
+    # x; keys and values before or after their projection, some of them in both forms.
+    projecting = (patches * (C + 2 * width) + min(patches, PROJECTED_PATCHES) * width) * e
     queries = slices * config.query_num
     # x, keys and values; queries, a run's answer, all answers; their projections, norm, and the embeddings before
     # and after they are put in order.
     answers = patches * (C + 2 * width) * e + queries * (width * e * 4 + 4 * config.resampler_heads)
     tiles = _flash(way, max(vision.head_dim, 128))
-    return patches * own + max(patches * max(moments), answers) + tiles + MIB // 4
+    return patches * own + max(patches * max(moments), projecting, answers) + tiles + MIB // 4
 
 
 def _encoder(config: ModelConfig, way: Way, limits: Limits) -> int:
@@ -239,7 +242,9 @@ def _decoder(config: ModelConfig, way: Way, limits: Limits, gathers: bool = True
     silu = T * (2 if way.cuda else 4) * I * e
     down = T * ((2 if way.cuda else 1) * I + H) * e + _int4(way, T, H, I)
     qkv = T * (A + 2 * K) * e + _int4(way, T, A + 2 * K, H)
-    return base + max(norm, qkv, attention, o_proj, gate_up, silu, down) + _index(limits) + wide * MIB // 4
+    # A graph's inputs are counted beside it; it makes them int64, and contiguous.
+    index = _index(limits) if gathers else 64 * T
+    return base + max(norm, qkv, attention, o_proj, gate_up, silu, down) + index + wide * MIB // 4
 
 
 def _plain_attention(config: ModelConfig, way: Way, limits: Limits) -> int:
