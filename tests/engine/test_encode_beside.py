@@ -57,13 +57,17 @@ class Stream:
     def __init__(self, engine: Engine, rng: random.Random, bad: Sequence[bytes] = ()) -> None:
         self.rng = rng
         self.running: list[Played] = []
-        self.waits = self.beside = self.most_at_once = 0
+        self.waits = self.beside = self.inline = self.most_at_once = 0
         inner, forward = engine.runner.encoder.encode, engine.runner.forward
 
         def encode(pictures: Sequence[PreparedPicture], beside: bool) -> tuple[list[Tensor], Any]:
             if any(p.key in bad for p in pictures):
                 raise ValueError("cannot encode this")
-            played = Played(self, inner(pictures)[0])
+            real = inner(pictures)[0]
+            self.inline += not beside
+            if not beside:
+                return real, None
+            played = Played(self, real)
             self.running.append(played)
             self.most_at_once = max(self.most_at_once, sum(p.left > 0 for p in self.running))
             return played.shown, played
@@ -82,9 +86,13 @@ class Stream:
 
 
 @pytest.mark.parametrize("run_ahead", [False, True])
-def test_answers_are_the_plain_model_s_and_decodes_go_on(model: MiniCPMV, seed: int, run_ahead: bool) -> None:
+@pytest.mark.parametrize("most_slices", [4, 60])
+def test_answers_are_the_plain_model_s_and_decodes_go_on(
+    model: MiniCPMV, seed: int, run_ahead: bool, most_slices: int
+) -> None:
+    """With the fewer slices a step many pictures queue up, and are encoded before the decodes."""
     rng = random.Random(seed)
-    config = EngineConfig(num_blocks=300, max_num_seqs=8, max_encoder_slices=4, run_ahead=run_ahead)
+    config = EngineConfig(num_blocks=300, max_num_seqs=8, max_encoder_slices=most_slices, run_ahead=run_ahead)
     engine = Engine(model, config)
     stream = Stream(engine, rng)
     requests = [request("text", words(rng, 6), greedy(60))]
@@ -104,20 +112,25 @@ def test_answers_are_the_plain_model_s_and_decodes_go_on(model: MiniCPMV, seed: 
             outputs[req.request_id].outputs[0].token_ids
             == plain_greedy(model, req, req.params.max_tokens or 0)[0]
         )
-    assert held, "no prompt ever waited for its picture"
+    if most_slices == 60:
+        assert held, "no prompt ever waited for its picture"
+        assert stream.inline <= 1, "the first pictures only may come before there are decodes"
+    else:
+        assert stream.inline > 1
 
 
 def test_a_decode_never_waits_for_the_encoder(model: MiniCPMV, seed: int) -> None:
     """With a stream that outlives all requests, every step has a token until the last, and nothing is waited for."""
     rng = random.Random(seed)
-    engine = Engine(model, EngineConfig(num_blocks=300, max_num_seqs=8, max_encoder_slices=3))
+    engine = Engine(model, EngineConfig(num_blocks=300, max_num_seqs=8, max_encoder_slices=24))
     stream = Stream(engine, rng)
     engine.add_request(request("text", words(rng, 6), greedy(60)))
     engine.step()
-    for i in range(6):
-        engine.add_request(request(f"r{i}", [*words(rng, 4), picture(rng, 2), *words(rng, 3)], greedy(4)))
+    late = [request(f"r{i}", [*words(rng, 4), picture(rng, 2), *words(rng, 3)], greedy(4)) for i in range(6)]
     stream.rng = type("Slow", (), {"randint": staticmethod(lambda a, b: 20)})()  # type: ignore[assignment]
     for step in range(40):
+        for asked in late[3 * step : 3 * step + 3]:
+            engine.add_request(asked)
         tokens = {o.request_id: len(o.outputs[0].token_ids) for o in engine.step()}
         assert tokens["text"] == step + 2
         engine.scheduler.check()
@@ -125,6 +138,36 @@ def test_a_decode_never_waits_for_the_encoder(model: MiniCPMV, seed: int) -> Non
         assert stream.waits == 0
     assert stream.beside >= 38
     assert stream.most_at_once == 1, "batches queue up behind each other"
+    assert not stream.inline
+
+
+def test_a_queue_of_pictures_is_encoded_before_the_decodes(model: MiniCPMV, seed: int) -> None:
+    """Where many wait, every step encodes what its own prompts read, and no batch beside it."""
+    rng = random.Random(seed)
+    engine = Engine(
+        model, EngineConfig(num_blocks=300, max_num_seqs=16, max_encoder_slices=4, run_ahead=True)
+    )
+    stream = Stream(engine, rng)
+    requests = [request("text", words(rng, 6), greedy(30))]
+    engine.add_request(requests[0])
+    engine.step()
+    for i in range(9):
+        requests.append(request(f"r{i}", [*words(rng, 4), picture(rng, 2), *words(rng, 3)], greedy(4)))
+        engine.add_request(requests[-1])
+    engine.step()
+    assert stream.inline == 1
+    assert not stream.running
+    done = {}
+    for step in range(60):
+        stream.tick(step)
+        done.update({o.request_id: o for o in engine.step() if o.finished})
+        engine.scheduler.check()
+    assert stream.inline >= 3
+    for req in requests:
+        assert (
+            done[req.request_id].outputs[0].token_ids
+            == plain_greedy(model, req, req.params.max_tokens or 0)[0]
+        )
 
 
 @pytest.mark.parametrize("round", range(4))

@@ -124,6 +124,14 @@ def test_embeddings_do_not_depend_on_the_path(
     device, host = PictureEncoder(on_gpu, 8, graphs=graphs), PictureEncoder(on_gpu, 8, on_device=False)
     assert device.takes_originals
     batches = [[original(rng) for _ in range(rng.randint(1, 4))] for _ in range(3)]
+    # Whatever the others are, this one is small enough for a graph.
+    batches.append(
+        [
+            prepare_picture(
+                Picture(np.full((20, 30, 3), 128, np.uint8)), SliceRules(scale_resolution=56), 1, Originals()
+            )
+        ]
+    )
     exact = [[model.encode_slices(list(p.slices)) for p in batch] for batch in batches]
     off: dict[str, float] = {"mine": 0.0, "theirs": 0.0}
     for _ in range(4):

@@ -304,7 +304,7 @@ class Engine:
     # -- the parts of a step --------------------------------------------------------------------------------
 
     def _encode(self, schedule: Schedule, outputs: list[RequestOutput]) -> Schedule:
-        failed = self.runner.encode(schedule.pictures, beside=bool(schedule.decodes))
+        failed = self.runner.encode(schedule.pictures, beside=schedule.encodes_beside)
         if not failed:
             return schedule
         hit = {}

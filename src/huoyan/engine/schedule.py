@@ -39,6 +39,8 @@ class Schedule:
     """Blocks (source, destination): copy on write, before anything is written."""
     pictures: list[PreparedPicture] = field(default_factory=list)
     """Not in the picture cache yet; room for them is reserved there."""
+    encodes_beside: bool = False
+    """Whether they are encoded beside this step and later ones, so that no prompt of this step reads them."""
     preempted: list[Group] = field(default_factory=list)
 
     @property
@@ -56,5 +58,6 @@ class Schedule:
             [c for c in self.prefills if c.sequence.group not in groups],
             self.copies,
             self.pictures,
+            self.encodes_beside,
             self.preempted,
         )

@@ -9,6 +9,7 @@ sampled ids, so that a step can be planned while the one before is still running
 from __future__ import annotations
 
 from collections import deque
+from itertools import chain
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -53,7 +54,7 @@ class Scheduler:
         self.running: list[Group] = []
         """In the order of arrival: admission is in that order, and the last one is preempted first."""
         self.encodes_beside = False
-        """Whether pictures are encoded while a step runs, on a stream of their own. A prompt then waits for its
+        """Whether pictures can be encoded while steps run, on a stream of their own. A prompt then waits for its
         picture as long as there are decodes to go on with, instead of letting them wait."""
         self._num_added = 0
         # Room for decodes to grow into, so that an admission is not followed by a preemption at once.
@@ -153,6 +154,9 @@ class Scheduler:
                 unready.append(group)
             elif not group.awaits_host:
                 self._decode(group, out)
+        out.encodes_beside = (
+            self.encodes_beside and bool(out.decodes) and not self._pictures_queue_up(unready)
+        )
         budget = self.max_num_batched_tokens - len(out.decodes)
         for group in unready:
             if budget and group.status is GroupStatus.RUNNING:
@@ -330,7 +334,7 @@ class Scheduler:
 
     def _fit_pictures(self, group: Group, start: int, end: int, out: Schedule) -> int:
         """Pin the pictures that [start, end) needs and order their encoding; returns how far that reaches."""
-        aside = self.encodes_beside and bool(out.decodes)
+        aside = out.encodes_beside
         # One batch at a time: those that queue up behind it would fill the queue of the decodes' kernels too.
         busy = aside and self.pictures.encoding
         ordered = {picture.key for picture in out.pictures}
@@ -360,6 +364,19 @@ class Scheduler:
             if aside and not self.pictures.is_ready(use.key):
                 end = min(end, max(first.start, start))
         return end
+
+    def _pictures_queue_up(self, unready: list[Group]) -> bool:
+        """Whether more pictures wait than is worth encoding beside decodes: small passes on two streams take longer
+        than all of it one after the other, so with many the decodes get on faster where they wait, too."""
+        if self.pictures.encoding:
+            # What is under way has memory that a pass on the step's stream would take.
+            return False
+        left = self.max_encoder_slices // 2
+        for group in chain(unready, self.waiting):
+            left -= sum(use.num_slices for use in group.pictures if use.key not in self.pictures)
+            if left < 0:
+                return True
+        return False
 
     # -- admission and preemption ---------------------------------------------------------------------------
 

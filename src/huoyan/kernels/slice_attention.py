@@ -116,7 +116,7 @@ def takes(head_dim: int) -> bool:
 
 def slice_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int,
-    *, block_m: int = 128, block_n: int = 64, warps: int = 8, stages: int = 3,
+    *, block_m: int = 128, block_n: int = 64, warps: int = 4, stages: int = 3,
 ) -> Tensor:  # fmt: skip
     """Attention of each sequence's queries over all of its own keys.
 
@@ -125,6 +125,7 @@ def slice_attention(
             head_dim as `takes` says.
         cu_seqlens: int32 [sequences + 1], where each sequence begins.
         longest: the length of the longest.
+        block_m, block_n, warps, stages: how it is cut (searched on an H100, see benchmarks/NOTES.md).
 
     Returns:
         [sum of lengths, heads, head_dim], contiguous.

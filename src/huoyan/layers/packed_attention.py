@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from huoyan.kernels import decode_kernels_enabled
 from huoyan.layers.varlen_attention import varlen_attention
 
 
@@ -43,6 +44,10 @@ def packed_attention(
         [sum(q_lengths), heads, head_dim]
     """
     if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0:
+        if q_lengths is k_lengths and _suits_our_kernel(q, k, v):
+            from huoyan.kernels.slice_attention import slice_attention
+
+            return slice_attention(q, k, v, _cumulative(q_lengths, q.device), max(q_lengths))
         return _varlen(q, k, v, q_lengths, k_lengths)
     return packed_attention_by_runs(q, k, v, q_lengths, k_lengths)
 
@@ -72,8 +77,19 @@ def packed_attention_by_runs(
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, q_lengths: Sequence[int], k_lengths: Sequence[int]) -> Tensor:
-    cu_q, cu_k = (
-        (lengths if isinstance(lengths, Lengths) else Lengths(lengths)).cumulative(q.device)
-        for lengths in (q_lengths, k_lengths)
-    )
+    cu_q, cu_k = (_cumulative(lengths, q.device) for lengths in (q_lengths, k_lengths))
     return varlen_attention(q, k, v, cu_q, cu_k, max(q_lengths), max(k_lengths))
+
+
+def _cumulative(lengths: Sequence[int], device: torch.device) -> Tensor:
+    return (lengths if isinstance(lengths, Lengths) else Lengths(lengths)).cumulative(device)
+
+
+def _suits_our_kernel(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Heads of a width that flash attention would fill up, side by side in rows of one stride."""
+    if not decode_kernels_enabled() or torch.is_grad_enabled():
+        return False
+    from huoyan.kernels.slice_attention import takes
+
+    head_dim = q.shape[-1]
+    return takes(head_dim) and q.stride() == k.stride() == v.stride() == (q.stride(0), head_dim, 1)
