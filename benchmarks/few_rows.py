@@ -160,9 +160,6 @@ class Dense:
         )  # fmt: skip
 
     def tunings(self, rows: int):
-        if rows > 16:
-            yield from self._tunings_of_many(64 if rows <= 64 else 128)
-            return
         splits = (1,) if self.way != "parts" else (1, 2, 4, 7) if self.k < 10000 else (4, 6, 8)
         for (n, warps), k, split, stages, prefetch in itertools.product(
             ((64, 4), (128, 4), (128, 8)), (64, 128), splits, (3, 4, 6), (0, 4)
@@ -170,15 +167,6 @@ class Dense:
             fetched = n * k * 2 * stages * (2 if self.way == "gated" else 1)
             if fetched <= 200_000:
                 yield dense_matmul.Tuning(n, split, warps, stages, prefetch, k)
-
-    def _tunings_of_many(self, m: int):
-        splits = (1,) if self.way != "parts" else (2, 4, 7) if self.k < 10000 else (4, 5, 9)
-        for (n, warps), k, split, stages in itertools.product(
-            ((128, 8), (64, 4), (256, 8)), (64, 128), splits, (3, 4)
-        ):
-            fetched = (n * (2 if self.way == "gated" else 1) + m) * k * 2 * stages
-            if fetched <= 220_000 and not (self.way == "gated" and n > 128):
-                yield dense_matmul.Tuning(n, split, warps, stages, 4, k, m)
 
     def other(self, x: torch.Tensor, i: int):
         return torch.nn.functional.linear(x, self.weights[i % len(self.weights)])

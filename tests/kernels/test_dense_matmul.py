@@ -54,13 +54,8 @@ def test_product(seed: int, device: torch.device, m: int, n: int, k: int, tuning
     check(seed, device, m, n, k, torch.float16, tuning)
 
 
-@pytest.mark.parametrize("m, n, k", [(17, 130, 384), (64, 64, 256), (70, 40, 512), (128, 130, 1024)])
-def test_product_of_more_rows(seed: int, device: torch.device, m: int, n: int, k: int) -> None:
-    check(seed, device, m, n, k, torch.float16, None)
-
-
 @pytest.mark.gpu
-@pytest.mark.parametrize("m", [1, 3, 16, 128])
+@pytest.mark.parametrize("m", [1, 3, 16])
 @pytest.mark.parametrize("n, k", [(4608, 3584), (3584, 3584), (37888, 3584), (3584, 18944), (151666, 3584)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_full_size(seed: int, device: torch.device, m: int, n: int, k: int, dtype: torch.dtype) -> None:

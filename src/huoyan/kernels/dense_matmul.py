@@ -36,8 +36,6 @@ class Tuning:
     stages: int
     prefetch: int = 0
     block_k: int = BLOCK_K
-    block_m: int = 16
-    """Rows of a program, which computes all there are: at least that many."""
 
 
 @triton.jit
@@ -87,11 +85,8 @@ def _matmul_kernel(
 
 
 @lru_cache(maxsize=1024)
-def choose(n: int, k: int, parts: bool = False, m: int = 1) -> Tuning:
+def choose(n: int, k: int, parts: bool = False) -> Tuning:
     """How a product is cut (measured: see benchmarks/NOTES.md, "dense products of a few rows")."""
-    if m > MAX_ROWS:
-        split = max(1, min(k // BLOCK_K // 7, 4)) if parts else 1
-        return Tuning(128, split, 8, 4, 4, 64, block_m=64 if m <= 64 else 128)
     if not parts:
         return Tuning(block_n=64, split=1, warps=4, stages=4)
     if n > k:
@@ -115,7 +110,7 @@ def dense_matmul(
     """x [M, K] times weight [N, K], both float16 or bfloat16.
 
     Args:
-        x: contiguous, K a multiple of 128, M at most MAX_ROWS, or the tuning's `block_m`.
+        x: contiguous, K a multiple of 128, M at most MAX_ROWS.
         bias: [N], of neither parts nor a gate.
         gated: the matrix is a gate's rows and then as many others: gives silu(gate) * other [M, N / 2].
         parts: where it is faster, give float32 [S, M, N], to be summed by whoever reads it.
@@ -126,7 +121,7 @@ def dense_matmul(
     """
     m, k = x.shape
     n = weight.shape[0] // (2 if gated else 1)
-    tuning = tuning or choose(n, k, parts, m)
+    tuning = tuning or choose(n, k, parts)
     split = tuning.split
     if split > 1:
         out = torch.empty((split, m, n), dtype=torch.float32, device=x.device)
@@ -135,7 +130,7 @@ def dense_matmul(
     overlap = x.is_cuda and overlaps()
     _matmul_kernel[(triton.cdiv(n, tuning.block_n), split)](
         x, weight, bias if bias is not None else x, out, m, n, k,
-        HAS_BIAS=bias is not None, GATED=gated, SPLIT=split, EVEN=n % tuning.block_n == 0, BLOCK_M=tuning.block_m,
+        HAS_BIAS=bias is not None, GATED=gated, SPLIT=split, EVEN=n % tuning.block_n == 0, BLOCK_M=16,
         BLOCK_N=tuning.block_n, BLOCK_K=tuning.block_k, STAGES=tuning.stages,
         PREFETCH=tuning.prefetch if overlap else 0, OVERLAP=overlap, num_warps=tuning.warps,
         **launch_options(overlap),

@@ -14,7 +14,7 @@ numbers of the dtype, the zero point on top of the same constant that nibbles ar
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -379,24 +379,50 @@ def _dequantize_kernel(
 
 
 @lru_cache(maxsize=1024)
-def choose(m: int, n: int, k: int, parts: bool = False) -> Tuning:
-    """How a product is cut (measured: see benchmarks/NOTES.md, "int4 products"). `parts`: whether inputs may be
-    shared out among programs whose sums the next kernel adds."""
-    if m > 16:
-        few = m <= 64
-        split = max(1, min(k // BLOCK // 4, 7 if few else 4)) if parts and n < 16384 else 1
+def choose(m: int, n: int, k: int, parts: bool = False, roomy: bool = True) -> Tuning:
+    """How a product is cut (searched, each cut with the kernel that reads it: see benchmarks/NOTES.md).
+
+    `parts`: whether inputs may be shared out among programs whose sums the next kernel adds; `roomy`: see `_is_roomy`.
+    """
+    if m > 128 or (m > 16 and not roomy):
+        split = max(1, min(k // BLOCK // 4, 7 if m <= 64 else 4)) if parts and n < 16384 else 1
         if split == 1 or n > k:
             return Tuning(64, split, warps=4, stages=3, block_m=64)
         return Tuning(128, split, warps=4, stages=4, block_m=64)
+    if m > 16:
+        return _choose_many(m <= 64, n, k, parts)
     if not parts:
         return Tuning(64, 1, warps=4, stages=4, prefetch=4)
     if n >= 16384:
-        # Twice as many programs keep the processors busier than one round of them.
-        return Tuning(128, 2 if k >= 2048 else 1, warps=4, stages=3, prefetch=4, unroll=2)
-    split = max(1, min(k // BLOCK // 4, 11))
+        return Tuning(64, 1, warps=4, stages=4, prefetch=4, wave=4, tail=2)
+    # A program for each processor and more; what reads the parts reads few outputs of each.
+    split = max(1, min(k // BLOCK // 4, 7 if k < 8192 else 14))
+    return Tuning(128, split, warps=4, stages=4, prefetch=4)
+
+
+def _choose_many(few: bool, n: int, k: int, parts: bool) -> Tuning:
+    """Of 17 to 64 rows, or else to 128, where shared memory has room for three stages of them."""
+    whole = partial(Tuning, block_m=64 if few else 128, scaled=True, tiles=True)
+    if n >= 16384:
+        # As many programs at a time as there is room for, and the last round shared out.
+        return (
+            whole(128, 1, 8, 4, wave=2, tail=4) if few else whole(128, 1, 8, 2, registers=128, wave=2, tail=4)
+        )
+    if not parts:
+        return whole(64, 1, 4, 3 if few else 2)
+    most = max(1, k // BLOCK // 4)
     if n > k:
-        return Tuning(128, split, warps=4, stages=4, prefetch=4, unroll=2)
-    return Tuning(64 if split < 8 else 128, split, warps=4, stages=3 if split < 8 else 4, prefetch=4)
+        return whole(64, min(4, most), 4, 3 if few else 2)
+    if few:
+        return whole(128, min(9, most), 8, 3, prefetch=4) if k >= 8192 else whole(64, min(7, most), 4, 3)
+    return whole(128, min(4, most), 4, 3)
+
+
+@lru_cache(maxsize=16)
+def _is_roomy(device: torch.device) -> bool:
+    """Whether a program may have more than 100 KiB of shared memory, and tiles by the tensor memory unit: data centres'
+    GPUs from Hopper on; the interpreter."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def int4_matmul(
@@ -437,7 +463,7 @@ def _launch(
     m, k = x.shape
     n = meta.shape[1]
     group = k // meta.shape[0]
-    tuning = tuning or choose(m, n, k, parts)
+    tuning = tuning or choose(m, n, k, parts, _is_roomy(x.device))
     split = tuning.split
     if split > 1:
         out = torch.empty((split, m, n), dtype=torch.float32, device=x.device)
