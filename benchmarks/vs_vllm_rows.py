@@ -18,7 +18,7 @@ from typing import Any
 GIB = 1 << 30
 MEMORY_FRACTION = 0.9
 """Of the card, both engines, in every row but `memory`."""
-ROWS = ("ready", "decode", "pictures", "four", "beams", "batch", "video", "requests", "memory")
+ROWS = ("ready", "decode", "batch", "requests", "video", "pictures", "four", "beams", "memory")
 
 
 @dataclass(frozen=True)
