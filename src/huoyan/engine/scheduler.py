@@ -9,7 +9,7 @@ sampled ids, so that a step can be planned while the one before is still running
 from __future__ import annotations
 
 from collections import deque
-from itertools import chain
+from itertools import chain, islice
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -372,7 +372,7 @@ class Scheduler:
             # What is under way has memory that a pass on the step's stream would take.
             return False
         left = self.max_encoder_slices // 2
-        for group in chain(unready, self.waiting):
+        for group in islice(chain(unready, self.waiting), self.max_num_seqs):
             left -= sum(use.num_slices for use in group.pictures if use.key not in self.pictures)
             if left < 0:
                 return True
