@@ -122,7 +122,7 @@ def run(a: argparse.Namespace) -> None:
     families = [name for name in FAMILIES if name in base]
     held = parallel_map(HeldOutJob(recorder), jobs(families, a.eval_examples), a.workers)
     glance = [item for item in held if item.split == "heldout"]
-    glance = glance[: len(families) * max(1, min(40, a.eval_examples // 4))]
+    glance = glance[: len(families) * max(1, min(60, a.eval_examples // 4))]
     log(f"{len(held)} held-out examples drawn, {sum(len(h.turns) for h in held)} questions")
 
     workers = Workers(a.workers, recorder.record, base, a.seed)
@@ -169,6 +169,7 @@ def run(a: argparse.Namespace) -> None:
         loop = Loop(
             trainer, stepper, trainer.packer(shape), workers, pool, builder, glance, base,
             tokenizer_folder=tokenizer_folder, out=a.out, keep=a.keep, log=log, auxiliary=a.auxiliary,
+            heads_know=a.resume is not None,
         )  # fmt: skip
         loop.fill(16 * batch if a.workers else 8, timeout=120)
         loop.stage(base)

@@ -45,6 +45,31 @@ print("equal")
 """
 
 
+_CHECK = """
+import torch
+from tiny_trainer import fused_steps
+
+sizes = (4, 2, 64, 768, torch.device("cpu"))
+for dtype in (torch.float32, torch.bfloat16):
+    fused_steps.check(*sizes, dtype, rows=9)
+silu_mul, split = fused_steps.silu_mul, fused_steps.split_rotated
+wrong = (
+    ("silu_mul", lambda x: silu_mul(x).detach() + 0.9 * (silu_mul(x) - silu_mul(x).detach())),
+    ("split_rotated", lambda qkv, cos, sin, *heads: split(qkv, cos, -sin, *heads)),
+)
+for name, mistaken in wrong:
+    right = getattr(fused_steps, name)
+    setattr(fused_steps, name, mistaken)
+    try:
+        fused_steps.check(*sizes, torch.bfloat16, rows=9)
+    except AssertionError:
+        setattr(fused_steps, name, right)
+    else:
+        raise SystemExit(name + " is wrong and nobody minds")
+print("equal")
+"""
+
+
 _DECODER = """
 import torch
 from pathlib import Path
@@ -76,6 +101,10 @@ print("equal")
 
 def test_kernels_compute_what_they_stand_for(seed: int) -> None:
     _run(_SCRIPT.format(seed=seed))
+
+
+def test_a_mistake_in_a_kernel_is_found_and_rounding_is_not_one() -> None:
+    _run(_CHECK)
 
 
 def test_the_decoder_uses_them_and_learns_the_same(seed: int) -> None:

@@ -42,7 +42,7 @@ from tiny_trainer.sequences import SequenceBuilder
 from tiny_trainer.shape import write_configs
 from tiny_trainer.slice_attention import SliceAttention
 from tiny_trainer.state import load_state, save_state
-from tiny_trainer.stepper import WAYS, Stepper
+from tiny_trainer.stepper import WAYS, Stepper, compare_gradients
 from tiny_trainer.trainer import Trainer
 from tiny_trainer.workers import PIXELS, Delivery, Workers
 
@@ -316,6 +316,7 @@ def test_a_way_that_fails_or_differs_is_logged_and_left(folder, recorder, monkey
     stepper.cuda, stepper.log = True, lines.append
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(stepper, "_capture", lambda: 1 / 0)
+    monkeypatch.setattr(stepper, "_check_kernels", lambda: None)
     plain, tried = trainer.learn, []
 
     def learn(pool, shape, batch, rates, way):
@@ -532,13 +533,45 @@ def test_schedules():
     plan = Plan(start=100.0, end=200.0, first=0.5, last=0.9, max_steps=10)
     assert plan.progress(plan.done(150.0, 0)) == pytest.approx(0.7)
     assert plan.progress(plan.done(101.0, 10)) == pytest.approx(0.9)
-    weights = family_weights(
-        {"count": 0.4, "word": 0.4, "slice": 0.2}, {"count": 0.99, "word": 0.4, "slice": 0.1}, 0.5
-    )
+    shares, accuracy = {"count": 0.4, "word": 0.4, "slice": 0.2}, {"count": 0.99, "word": 0.4, "slice": 0.95}
+    weights = family_weights(shares, accuracy, 0.5)
     assert weights["word"] > 2 * weights["count"]
     # No goal is set for it.
     assert weights["slice"] < 0.2
+    assert family_weights(shares, {**accuracy, "slice": 0.5}, 0.5)["slice"] > weights["slice"]
     assert sum(weights.values()) == pytest.approx(1.0)
+
+
+def test_gradients_may_differ_by_rounding_but_not_by_a_mistake():
+    torch.manual_seed(2)
+    right = [torch.randn(40, 30), torch.randn(50), torch.zeros(5)]
+    noisy = [1.3 * g + 0.4 * torch.randn_like(g) for g in right]
+    compare_gradients(noisy, right)
+    none = torch.zeros(50)
+    for wrong in (
+        [noisy[0], none, right[2]], [noisy[0], -right[1], right[2]], [-noisy[0], right[1], right[2]],
+        [3 * g for g in right], [g / 3 for g in right],
+    ):  # fmt: skip
+        with pytest.raises(RuntimeError, match="gradient"):
+            compare_gradients(wrong, right)
+
+
+def test_trained_heads_teach_from_the_first_step(folder, recorder, trainer, tmp_path, monkeypatch):
+    weights = []
+    for known in (False, True):
+        pool = in_pool([recorder.encode(*small_example(1))])
+        stepper = Stepper(trainer, pool, SMALL, lambda line: None)
+        loop = Loop(
+            trainer, stepper, trainer.packer(SMALL), Workers(0, recorder.record, {"exists": 1.0}, 0), pool,
+            recorder.builder, [], {"exists": 1.0},
+            tokenizer_folder=folder, out=tmp_path, keep=None, log=lambda line: None, heads_know=known,
+        )  # fmt: skip
+        for name in ("_receive", "stage"):
+            monkeypatch.setattr(loop, name, lambda *_: None)
+        monkeypatch.setattr(stepper, "step", lambda **given: weights.append(given["auxiliary"]))
+        loop.run(Plan(time.monotonic(), time.monotonic() + 600, max_steps=1))
+    assert weights[0] < 0.01
+    assert weights[1] > 0.9
 
 
 def test_scores():

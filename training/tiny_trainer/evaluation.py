@@ -60,11 +60,12 @@ def by_family(items: Sequence[HeldOut], answers: Sequence[Sequence[str]]) -> dic
     """Accuracy of the questions of each family's examples."""
     scores: dict[str, list[float]] = defaultdict(list)
     for item, given in zip(items, answers, strict=True):
-        # The first turn is the family's own question, the others are of the common single-picture tasks.
+        # The first turn is the family's own question; there may be more of them, beside common single-picture tasks.
         for answer, (_, reference), task, language in zip(
-            given[:1], item.turns, item.tasks, item.languages, strict=False
+            given, item.turns, item.tasks, item.languages, strict=True
         ):
-            scores[item.family].append(score(task, language, answer, reference))
+            if task == item.tasks[0]:
+                scores[item.family].append(score(task, language, answer, reference))
     return {family: _mean(values) for family, values in scores.items()}
 
 

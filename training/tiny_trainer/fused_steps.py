@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from huoyan.layers.rope import RotaryTable, apply_rope
+
 
 @triton.jit
 def _rotate_kernel(
@@ -137,3 +139,49 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     """silu(gate) * up of the halves of [T, 2 width] -> [T, width]."""
     out: Tensor = _SiluMul.apply(gate_up)
     return out
+
+
+def check(
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    width: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    rows: int = 1000,
+) -> None:
+    """AssertionError unless both kernels, forwards and backwards, give what float32 gives but for one rounding.
+
+    In a whole step a mistake of theirs would be hard to tell from what rounding makes of it.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    positions = torch.randint(0, 1000, (rows,), generator=generator).to(device)
+    cos, sin = RotaryTable(head_dim, 1e6, 1000).lookup(positions)
+
+    def rotate(qkv: Tensor) -> Tensor:
+        by_head = qkv.unflatten(-1, (-1, head_dim))
+        turned = apply_rope(by_head[:, : heads + kv_heads], cos, sin)
+        return torch.cat((turned, by_head[:, heads + kv_heads :]), dim=1)
+
+    def gate(gate_up: Tensor) -> Tensor:
+        first, second = gate_up.chunk(2, dim=-1)
+        return torch.nn.functional.silu(first) * second
+
+    pairs = (
+        (rotate, lambda x: torch.cat(split_rotated(x, cos, sin, heads, kv_heads), dim=1)),
+        (gate, silu_mul),
+    )
+    inputs = (random(rows, (heads + 2 * kv_heads) * head_dim), 3 * random(rows, 2 * width))
+    for (plain, ours), x in zip(pairs, inputs, strict=True):
+        results = []
+        for function, own in ((plain, x.float().requires_grad_()), (ours, x.clone().requires_grad_())):
+            out = function(own)
+            weight = torch.linspace(-2, 2, out.numel(), device=device).view_as(out).to(dtype).to(out.dtype)
+            (gradient,) = torch.autograd.grad(out, own, weight)
+            results.append((out.detach().float(), gradient.float()))
+        for expected, found in zip(*results, strict=True):
+            torch.testing.assert_close(found, expected, rtol=0.01, atol=1e-3)

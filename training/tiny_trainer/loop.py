@@ -87,7 +87,8 @@ class Plan:
 
 @dataclass
 class Loop:
-    """One run. `glance` are the held-out examples that are looked at on the way."""
+    """One run. `glance` are the held-out examples that are looked at on the way; `heads_know` says that the auxiliary
+    heads are trained already, by the run that this one goes on from."""
 
     trainer: Trainer
     stepper: Stepper
@@ -105,6 +106,7 @@ class Loop:
     examples: int = 0
     reached: float = 0.0
     auxiliary: float = 1.0
+    heads_know: bool = False
     most: int = 1024
     waiting: deque[Kept] = field(default_factory=deque)
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -197,7 +199,7 @@ class Loop:
                     scale=schedule.learning_rate_scale(self.steps, progress),
                     auxiliary=self.auxiliary
                     * schedule.auxiliary_scale(progress)
-                    * schedule.head_start(self.steps),
+                    * (1.0 if self.heads_know else schedule.head_start(self.steps)),
                 )
                 self.steps += 1
                 self.examples += self.packer.examples

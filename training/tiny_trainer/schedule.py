@@ -32,7 +32,7 @@ def family_weights(
     base: Mapping[str, float], accuracy: Mapping[str, float], progress: float
 ) -> dict[str, float]:
     """Families that are answered badly come more often, the more so the later; sums to 1. Those that no goal is set
-    for cost the others time: they come a little less often.
+    for cost the others time: they come a little less often while they are answered well.
 
     Args:
         base: the generator's own weights.
@@ -42,9 +42,9 @@ def family_weights(
     wanted = {}
     for name, weight in base.items():
         if name in accuracy and name not in GOALS:
-            weight *= 1.0 - pull + pull * _WITHOUT_GOAL
+            weight *= 1.0 - pull + pull * min(1.0, _WITHOUT_GOAL + max(0.0, 0.9 - accuracy[name]))
         elif name in accuracy:
-            weight *= 1.0 - pull + pull * (0.4 + 2.4 * min(1.0 - accuracy[name], 0.5))
+            weight *= 1.0 - pull + pull * (0.3 + 2.8 * min(1.0 - accuracy[name], 0.4))
         elif accuracy:
             weight *= 1.0 - 0.7 * progress
         wanted[name] = weight
