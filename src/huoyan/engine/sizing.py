@@ -151,7 +151,8 @@ def beside_weights(config: EngineConfig, sizes: ModelConfig, way: Way, limits: L
     """(bytes of everything but weights, KV cache and context, how many of them the driver takes)."""
     space = workspace(sizes, way, limits)
     graphs = graph_bytes(sizes, config, way, limits)
-    beside = space.total + picture_bytes(sizes, config, way) + graphs + slack_bytes(way, space)
+    pictures = picture_bytes(sizes, config, way)
+    beside = space.total + pictures + graphs + slack_bytes(way, space, pictures)
     return beside, graph_driver_bytes(way, limits) if graphs else 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from huoyan.kernels import decode_kernels_enabled
 from huoyan.layers.norm import LayerNorm, RMSNorm
 from huoyan.planning.pieces import FEW_ROWS
 
@@ -44,6 +45,16 @@ def silu_mul(gate_up: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         return kernel.silu_mul(gate_up, dtype, in_place=in_place)
     gate, up = gate_up.chunk(2, dim=-1)
     return torch.nn.functional.silu(gate) * up
+
+
+def silu_mul_over(gate: Tensor, up: Tensor) -> None:
+    """gate [T, width] becomes silu(gate) * up; rows of either may lie apart."""
+    if gate.is_cuda and decode_kernels_enabled():
+        from huoyan.kernels.silu_mul import silu_mul_over as kernel
+
+        kernel(gate, up)
+        return
+    torch.nn.functional.silu(gate, inplace=True).mul_(up)
 
 
 def _use_kernel(x: Tensor) -> bool:
