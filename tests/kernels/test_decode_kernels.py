@@ -99,6 +99,11 @@ def test_add_rms_norm(seed: int, device: torch.device, width: int, with_residual
     expected, expected_total = add_rms_norm_reference(x, given, weight, 1e-6)
     near(normed, expected, 1e-3)
     assert torch.equal(total, expected_total)
+    again = add_rms_norm(x, given, weight, 1e-6, over=True)
+    assert all(map(torch.equal, again, (normed, total)))
+    if with_residual:
+        assert torch.equal(x, normed)
+        assert torch.equal(residual, total)
 
 
 @pytest.mark.parametrize("width, parts", [(256, 1), (3584, 7), (1000, 4)])

@@ -51,6 +51,7 @@ def test_an_mlp_in_pieces(rows: int, some: int, seed: int, monkeypatch: pytest.M
 
 def test_the_pieces_of_an_mlp() -> None:
     assert [mlp_rows(n) for n in (1, 1024, 1025, 2048, 2050)] == [1, 1024, 640, 1024, 768]
+    assert [mlp_rows(n, 768) for n in (768, 1500, 2048)] == [768, 768, 768]
 
 
 def test_tensors_laid_elsewhere_are_what_they_were(seed: int) -> None:

@@ -23,7 +23,7 @@ from huoyan.layers.packed_attention import to_device
 from huoyan.media.originals import LARGEST
 from huoyan.models.patches import normalised_bytes
 from huoyan.models.siglip import PackedGrids
-from huoyan.planning.pieces import BESIDE_PASS, BESIDE_PATCHES, BESIDE_SLICES, PASS_SLICES
+from huoyan.planning.pieces import BESIDE_PASS, BESIDE_PATCHES, BESIDE_SLICES, PASS_PATCHES, PASS_SLICES
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -85,7 +85,8 @@ class PictureEncoder:
         graphs: bool = False,
     ) -> None:
         """`max_slices` are asked for at once, and `PASS_SLICES` of `max_patches` patches go through the encoder
-        together at most (one slice may have more); beside decodes `BESIDE_PASS` patches. `on_device` overrides
+        together at most (one slice may have more), `PASS_PATCHES` and beside decodes `BESIDE_PASS` where the device
+        resizes. `on_device` overrides
         `resizes_on_device`; `graphs` captures small batches as CUDA graphs."""
         self._model = model
         self._max_slices = max_slices
@@ -124,11 +125,9 @@ class PictureEncoder:
         them. `beside`: whether there are decodes, which go on meanwhile; where there are none, larger passes take the
         memory that a step would have."""
         patches = [count for picture in pictures for count in self._counts(picture)]
-        if self._packer is None or sum(patches) > self._most_together:
+        # A strip has only room where the step's memory is, without what is uploaded.
+        if self._packer is None or sum(patches) > self._most_together or max(patches) > BESIDE_PASS:
             return self._encode_passes(pictures), None
-        if beside and max(patches) > BESIDE_PASS:
-            # A strip, for which there is only room where the step's memory is.
-            beside = False
         stream = self._stream if beside or sum(patches) <= BESIDE_PASS else None
         with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
             packed, grids, back = self._packer.pack(pictures, aside=stream is not None)
@@ -191,7 +190,7 @@ class PictureEncoder:
         parts = []
         at = 0
         graphs = self._graphs if aside else None
-        slices, most = min(self._max_slices, PASS_SLICES), self._max_patches
+        slices, most = min(self._max_slices, PASS_SLICES), min(self._max_patches, PASS_PATCHES)
         if aside:
             slices, most = min(slices, BESIDE_SLICES), min(most, BESIDE_PASS)
         passes = _runs([rows * columns for rows, columns in grids], slices, most)

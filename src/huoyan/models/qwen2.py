@@ -94,9 +94,11 @@ class DecoderLayer(nn.Module):
         self, layer: int, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, attend: Attend
     ) -> tuple[Tensor, Tensor]:
         """Returns (the layer's last addition, the stream it is to be added to): the next norm adds them."""
-        x, residual = add_norm(self.input_layernorm, x, residual)
+        # The first layer's are its caller's.
+        own = layer > 0
+        x, residual = add_norm(self.input_layernorm, x, residual, own)
         x = self.self_attn(layer, x, cos, sin, attend)
-        x, residual = add_norm(self.post_attention_layernorm, x, residual)
+        x, residual = add_norm(self.post_attention_layernorm, x, residual, own)
         return self.mlp(x), residual
 
 

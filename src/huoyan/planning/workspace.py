@@ -23,10 +23,12 @@ from huoyan.planning.pieces import (
     MASK_VALUES,
     NOISE_LOGITS,
     NOISE_LOGITS_CUDA,
+    PASS_PATCHES,
     PASS_SLICES,
     PROJECTED_PATCHES,
     PROMPT_LOGITS,
     SORTED_LOGITS,
+    UP_ROWS,
     dense_rows,
     mlp_rows,
     unpacked_rows,
@@ -175,7 +177,8 @@ def _encoder(config: ModelConfig, way: Way, limits: Limits) -> int:
     most = encoder(config, way, limits.encoder_patches, slices)
     if not way.kernels or not limits.encoder_patches:
         return most
-    return max(most, _whole_pictures(config, way, limits, limits.encoder_patches, slices))
+    in_pass = min(PASS_PATCHES, limits.encoder_patches)
+    return max(most, _whole_pictures(config, way, limits, in_pass, slices))
 
 
 def _beside(config: ModelConfig, way: Way, limits: Limits) -> int:
@@ -228,8 +231,10 @@ def _decoder(config: ModelConfig, way: Way, limits: Limits, gathers: bool = True
     e, T = way.itemsize, limits.tokens
     H, I = text.hidden_size, text.intermediate_size
     A, K = _widths(config)
-    # Embeddings, the layer's two inputs, the residual stream, its norm; cosines and sines.
-    base = T * (5 * H * e + text.head_dim * 4)
+    # Embeddings, the layer's two inputs, the residual stream, its norm, where these are not written over the inputs;
+    # cosines and sines.
+    over = way.kernels and T > FEW_ROWS
+    base = T * ((3 if over else 5) * H * e + text.head_dim * 4)
     wide = 4 if way.cuda else 1
     # What comes in: x and residual of before, their sum, its norm and, off CUDA, float32 in between.
     norm = T * (2 * H * e + (0 if way.cuda else 3 * H * 4))
@@ -237,7 +242,7 @@ def _decoder(config: ModelConfig, way: Way, limits: Limits, gathers: bool = True
     rope = T * ((A + 2 * K) * e + (A + K) * (8 if e == 4 else 12))
     if way.kernels:
         # q k v, rotated where they are unless they come in parts; the answers in parts and joined.
-        rotated = A + 2 * K if T <= FEW_ROWS else 0
+        rotated = 0 if over else A + 2 * K
         attention = T * ((A + 2 * K) + rotated + 2 * A) * e + _packed(config, way, limits, gathers)
     else:
         # q k v, rotated, keys and values as they are written, the answers in parts and joined.
@@ -246,11 +251,11 @@ def _decoder(config: ModelConfig, way: Way, limits: Limits, gathers: bool = True
     if way.kv8:
         # Stored and read again, in float32 in between.
         attention += T * 2 * K * 12
-    o_proj = T * ((A + 2 * K) + (0 if way.kernels and T > FEW_ROWS else A + K) + A + H) * e
+    o_proj = T * ((A + 2 * K) + (0 if over else A + K) + A + H) * e
     o_proj += _int4(way, T, H, A)
-    if way.kernels and way.int4 == "words" and T > FEW_ROWS:
+    if over and way.int4 == "words":
         # All gates, some rows of what they gate, written over the gates.
-        mlp = max(T * I + mlp_rows(T) * I, T * (I + H)) * e
+        mlp = max(T * I + mlp_rows(T, UP_ROWS) * I, T * (I + H)) * e
     else:
         # The rows that go through together; the answers of all beside those of these.
         some = mlp_rows(T) if way.kernels and way.int4 is None else T
@@ -259,6 +264,9 @@ def _decoder(config: ModelConfig, way: Way, limits: Limits, gathers: bool = True
         silu = some * (2 if way.cuda else 4) * I * e
         down = some * ((2 if way.cuda else 1) * I + H) * e + _int4(way, some, H, I)
         mlp = max(gate_up, silu, down) + (T * H * e if some < T else 0)
+    if over:
+        # Attention's answer, which the norm is written over, beside the layer's input.
+        mlp += T * H * e
     qkv = T * (A + 2 * K) * e + _int4(way, T, A + 2 * K, H)
     # A graph's inputs are counted beside it; it makes them int64, and contiguous.
     index = _index(limits, way) if gathers else 64 * T
