@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 log = logging.getLogger(__name__)
-_GAPS = 64 * MIB
+_GAPS = 24 * MIB
 """Fewer are left where they are."""
 _AT_ONCE = 512 * MIB
 

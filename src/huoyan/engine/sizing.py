@@ -162,6 +162,8 @@ def _budget(config: EngineConfig, model: MiniCPMV, way: Way, limits: Limits) -> 
     if model.device.type == "cuda":
         context = context_bytes(stack_limit_is_low(model.device))
         state = card_state(model.device)
+        # Made when they are first used, after this.
+        beside += table_bytes(model.config, model.dtype.itemsize)
         return card_budget(state, config.gpu_memory_utilization, config.gpu_memory, beside, driver, context)
     if config.gpu_memory is not None:
         return host_budget(config.gpu_memory, tensor_bytes(model), beside)

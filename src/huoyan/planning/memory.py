@@ -40,7 +40,7 @@ CUBLAS = 32 * MIB
 """cuBLAS's workspace on Hopper, the largest; it keeps one for every stream, and cuBLASLt has the same."""
 CUBLAS_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
 """Where torch, too, reads how large it is to be: ":KiB:COUNT", once or several times."""
-FRAGMENTS = 8
+FRAGMENTS = 10
 """One part in this many of what comes and goes is lost between tensors of different sizes."""
 
 
