@@ -59,11 +59,11 @@ def test_twenty_four_gib_with_kernels_and_graphs(int4: bool, seqs: int, tokens: 
     blocks = found.blocks_in(24 * GIB)
     assert blocks * 16 >= tokens
     assert blocks // (2048 // 16) >= (147 if int4 else 67)
-    for kv_dtype, times in (("int8", 1.85), ("fp8", 1.93)):
+    for kv_dtype, times in (("int8", 1.84), ("fp8", 1.93)):
         small = memory(
             FULL, EngineConfig(max_num_seqs=seqs), kernels, SHAPES, int4=int4, kv_dtype=kv_dtype
         ).blocks_in(24 * GIB)
-        assert (times - 0.01) * blocks < small < 2 * blocks
+        assert times * blocks < small < 2 * blocks
 
 
 def test_a_graph_more_costs_what_the_driver_keeps_of_it() -> None:
