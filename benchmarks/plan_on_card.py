@@ -5,7 +5,8 @@ usage: python benchmarks/plan_on_card.py [--formats bf16,int4] [--gpu-memory 24G
 The full-size model with random weights, each format in a process of its own, inside the cap: loading, the KV cache, a
 CUDA graph of every size, a context full of pictures, the longest strip, the largest batch, every kind of sampling, a
 prompt's log-probabilities. With --json what is known is written after each load. Memory inside is torch's own counters,
-outside the driver's free bytes; MiB all through. Everything is run, so a cap that is too tight shows as a failed row.
+outside the driver's free bytes; MiB all through. Everything is run, so a cap that is too tight shows as a failed row,
+and so does memory that torch had to get back first.
 `--toy` goes the same way at toy sizes, on a CPU.
 """
 
@@ -74,6 +75,21 @@ class Card:
             self.cuda.empty_cache()
         return self.read()
 
+    def pools(self) -> list[dict[str, Any]]:
+        """What torch keeps, by stream and pool: reserved, allocated, and how many tensors have a mebibyte or more."""
+        found: dict[tuple[Any, ...], list[int]] = {}
+        for segment in self.cuda.memory_snapshot() if self.cuda else []:
+            pool = tuple(segment.get("segment_pool_id", (0, 0)))
+            row = found.setdefault((segment["stream"], *pool, segment["segment_type"]), [0, 0, 0])
+            row[0] += segment["total_size"]
+            row[1] += segment["allocated_size"]
+            blocks = segment["blocks"]
+            row[2] += sum(b["state"] == "active_allocated" and b["size"] >= MIB for b in blocks)
+        return [
+            {"pool": list(pool), "reserved": reserved, "allocated": allocated, "large": large}
+            for pool, (reserved, allocated, large) in sorted(found.items(), key=lambda item: -item[1][0])
+        ]
+
     def retries(self) -> int:
         """How often torch had to give everything back to go on: each time costs milliseconds."""
         return int(self.cuda.memory_stats().get("num_alloc_retries", 0)) if self.cuda else 0
@@ -138,6 +154,13 @@ class Run:
             flush=True,
         )
 
+    def _pools(self) -> list[dict[str, Any]]:
+        found = self.card.pools()
+        for row in found:
+            numbers = f"reserved {row['reserved'] / MIB:9,.1f}  allocated {row['allocated'] / MIB:9,.1f}"
+            print(f"    pool {row['pool']!s:40} {numbers}  {row['large']} large", flush=True)
+        return found
+
     def go(self) -> dict[str, Any]:
         import torch
 
@@ -170,15 +193,17 @@ class Run:
             runtime = load_runtime(parse_options(folder, options))
             self.engine = runtime.backend
             self.note("weights, KV cache, graphs")
+            self._pools()
             self.runtime, self.llm = runtime, LLM.from_runtime(runtime)
             self.moments = Moments(self.engine, self.card)
             self._loads()
         self.note("in the end")
         retries = self.card.retries()
+        pools = self._pools()
         self._graphs()
         report = {
             "format": self.kind, "states": self.states, "loads": self.loads, "graphs": self.graphs,
-            "moments": self.moments.most, "retries": retries, "before": self.card.before,
+            "moments": self.moments.most, "pools": pools, "retries": retries, "before": self.card.before,
             "most_outside": self.card.most_outside, "ended": True, **self._said(),
         }  # fmt: skip
         self.llm.close()
@@ -412,15 +437,25 @@ def show(report: dict[str, Any]) -> None:
         end="",
     )
     print(f", GRAPH_DRIVER at least {max(each, default=0):.2f} MiB")
-    failed = [row for row in report["loads"] if row["error"]]
-    for row in failed:
-        print(f"FAILED: {row['load']}: {row['error']}")
+    for line in wrong(report):
+        print(f"FAILED: {line}")
     cap = report["gpu_memory"]
     *_, (_, said, found) = rows(report)
     if cap and found:
         cap /= MIB
         print(f"of the cap of {cap:,.0f} MiB: predicted {said / cap:.2%}, taken {found / cap:.2%}", end="; ")
         print(f"the prediction is {said / found - 1:+.2%} of what was taken")
+
+
+def wrong(report: dict[str, Any]) -> list[str]:
+    """What must not be: loads that failed, memory that torch had to get back first, more than the cap."""
+    lines = [f"{row['load']}: {row['error']}" for row in report["loads"] if row["error"]]
+    if report["retries"]:
+        lines.append(f"torch had to give memory back {report['retries']} times")
+    *_, (_, _, taken) = rows(report)
+    if report["gpu_memory"] and taken and taken * MIB > report["gpu_memory"]:
+        lines.append(f"{taken:,.0f} MiB were taken, of {report['gpu_memory'] / MIB:,.0f}")
+    return lines
 
 
 def main() -> int:
@@ -456,7 +491,8 @@ def main() -> int:
             show(reports[-1])
             if args.json:
                 args.json.write_text(json.dumps(reports, indent=1))
-    return 0 if len(reports) == len(args.formats.split(",")) else 1
+    whole = len(reports) == len(args.formats.split(","))
+    return 0 if whole and not any(wrong(report) for report in reports) else 1
 
 
 if __name__ == "__main__":

@@ -267,6 +267,9 @@ def test_the_plan_beside_a_card_is_shown(capsys: pytest.CaptureFixture[str]) -> 
     plan_on_card.show(report)
     shown = capsys.readouterr().out
     assert "FAILED: x: out of memory" in shown
+    assert "times" not in shown
+    plan_on_card.show({**report, "retries": 3})
+    assert "FAILED: torch had to give memory back 3 times" in capsys.readouterr().out
     assert "predicted 100.00%, taken 97.92%; the prediction is +2.13%" in shown
     (each,) = [line for line in shown.splitlines() if "graphs, driver, each" in line]
     assert each.split("|")[3].strip() == "2.0"

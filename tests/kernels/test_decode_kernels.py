@@ -12,7 +12,7 @@ from huoyan.engine.kv_format import kv_format
 from huoyan.kernels.add_rms_norm import add_rms_norm, add_rms_norm_reference
 from huoyan.kernels.paged_decode import paged_decode, paged_decode_reference, parts_for
 from huoyan.kernels.rope_cache import rope_cache, rope_cache_reference
-from huoyan.kernels.silu_mul import silu_mul, silu_mul_reference
+from huoyan.kernels.silu_mul import silu_mul, silu_mul_over, silu_mul_reference
 from huoyan.layers.kv_numbers import STORED_AS, dequantize, quantize
 from huoyan.layers.rope import RotaryTable
 
@@ -99,6 +99,11 @@ def test_add_rms_norm(seed: int, device: torch.device, width: int, with_residual
     expected, expected_total = add_rms_norm_reference(x, given, weight, 1e-6)
     near(normed, expected, 1e-3)
     assert torch.equal(total, expected_total)
+    again = add_rms_norm(x, given, weight, 1e-6, over=True)
+    assert all(map(torch.equal, again, (normed, total)))
+    if with_residual:
+        assert torch.equal(x, normed)
+        assert torch.equal(residual, total)
 
 
 @pytest.mark.parametrize("width, parts", [(256, 1), (3584, 7), (1000, 4)])
@@ -124,6 +129,16 @@ def test_silu_mul(seed: int, device: torch.device, width: int) -> None:
     near(silu_mul(x), expected, 1e-3)
     near(silu_mul(x, in_place=True), expected, 1e-3)
     near(x[:, :width], expected, 1e-3)
+
+
+@pytest.mark.parametrize("width", [768, 1500])
+def test_silu_mul_over_rows_that_lie_apart(seed: int, device: torch.device, width: int) -> None:
+    x = (3 * torch.randn(4, 3 * width, generator=torch.Generator().manual_seed(seed))).half().to(device)
+    gate, rest = x[:, :width], x[:, width:].clone()
+    expected = silu_mul_reference(torch.cat([gate, rest[:, :width]], 1))
+    silu_mul_over(gate, rest[:, :width])
+    near(gate, expected, 1e-3)
+    assert torch.equal(x[:, width:], rest)
 
 
 @pytest.mark.parametrize(

@@ -128,3 +128,22 @@ def test_full_size(seed: int, device: torch.device, m: int, n: int, k: int, dtyp
     expected = int4_matmul_reference(x, words, meta)
     assert error(int4_matmul(x, words, meta, bias), expected + bias.float()) < bound(dtype)
     assert error(int4_matmul(x, words, meta, parts=True), expected) < bound(dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [193, 800, 2048])
+def test_gates_of_many_rows(seed: int, device: torch.device, rows: int) -> None:
+    """In pieces, beside the product with the whole matrix."""
+    from huoyan.kernels.silu_mul import silu_mul_reference
+    from huoyan.layers.int4 import Int4Linear, Int4Weight
+
+    g = torch.Generator().manual_seed(seed)
+    q = torch.randint(0, 16, (2 * 18944, 3584), generator=g, dtype=torch.uint8)
+    scales = torch.rand(2 * 18944, 28, generator=g) / 300
+    weight = Int4Weight(q, scales, torch.full_like(scales, 8.0))
+    linear = Int4Linear(weight, None, dtype=torch.bfloat16, device=device)
+    assert linear.packing == "words"
+    x = torch.randn(rows, 3584, generator=g).to(device, torch.bfloat16)
+    with torch.inference_mode():
+        want = silu_mul_reference(linear(x))
+        assert error(linear.gated(x).float(), want.float()) < bound(torch.bfloat16)

@@ -94,7 +94,7 @@ def test_plans_equal_a_second_transcription(rules: SliceRules) -> None:
         try:
             plan = plan_slices(size, rules, limit)
         except MediaError:
-            assert size[1] / size[0] > 240 * (rules.scale_resolution / rules.patch_size) ** 2, size
+            assert max(size) / min(size) > 60 * (rules.scale_resolution / rules.patch_size) ** 2, size
             continue
         assert plan == reference_plan(*size, rules, n), (size, limit)
         check_rules(plan, rules, n)
@@ -155,8 +155,8 @@ def test_override_and_slice_mode() -> None:
 
 
 def test_strips() -> None:
-    assert plan_slices((1, 200_000), RULES).overview[0] == 14
-    assert plan_slices((200_000, 1), RULES).overview[1] == 14
+    assert plan_slices((1, 65_000), RULES).overview[0] == 14
+    assert plan_slices((110_000, 1), RULES).overview[1] == 14
     with pytest.raises(MediaError, match="too thin a strip"):
         plan_slices((1, 150_000_000), RULES)
     with pytest.raises(MediaError, match="empty"):

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
+from huoyan.engine import segments
+from huoyan.layers import blocks
 from huoyan.models import resampler
+from huoyan.planning.pieces import mlp_rows
 
 
 @pytest.mark.parametrize("rows", [3, 8, 9, 25])
@@ -24,3 +29,40 @@ def test_projecting_over_what_is_projected(rows: int, seed: int, monkeypatch: py
     given = x.clone()
     torch.testing.assert_close(attention.project(1, given, over=True), want)
     assert torch.equal(given, x), "gradients need it"
+
+
+@pytest.mark.parametrize(("rows", "some"), [(7, 3), (9, 3), (5, 8)])
+def test_an_mlp_in_pieces(rows: int, some: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ways of a GPU with many tokens, some rows at a time, beside the plain way."""
+    monkeypatch.setattr(blocks, "dense_rows", lambda out, width, kernels: 16)
+    torch.manual_seed(seed)
+    x, matrix, down = (torch.randn(size).double() for size in ((rows, 24), (2 * 40, 24), (24, 40)))
+    gate, up = (x @ matrix.T).chunk(2, 1)
+    want = torch.nn.functional.silu(gate) * up
+    found = blocks.gated_by_blocks(x, 40, lambda start, stop: matrix[start:stop], some)
+    torch.testing.assert_close(found, want)
+
+    def whole(part: torch.Tensor) -> torch.Tensor:
+        gate, up = (part @ matrix.T).chunk(2, 1)
+        return (torch.nn.functional.silu(gate) * up) @ down.T
+
+    torch.testing.assert_close(blocks.by_rows(whole, x, 24, some), whole(x))
+
+
+def test_the_pieces_of_an_mlp() -> None:
+    assert [mlp_rows(n) for n in (1, 1024, 1025, 2048, 2050)] == [1, 1024, 640, 1024, 768]
+    assert [mlp_rows(n, 768) for n in (768, 1500, 2048)] == [768, 768, 768]
+
+
+def test_tensors_laid_elsewhere_are_what_they_were(seed: int) -> None:
+    """A weight and its view go along, and memory is given back now and then."""
+    torch.manual_seed(seed)
+    model = torch.nn.Linear(5, 7).requires_grad_(False)
+    model.register_buffer("part", model.weight.data[:3])
+    model.register_buffer("nothing", torch.empty(0))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    segments.lay_side_by_side(model, contextlib.nullcontext, lambda: None)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert model.part.data_ptr() == model.weight.data_ptr()
+    segments.close_gaps(model, torch.device("cpu"))

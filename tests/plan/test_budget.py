@@ -14,7 +14,7 @@ from huoyan.planning.allocator import grows, reserved_bytes
 from huoyan.planning.budget import CardState, card_budget
 from huoyan.planning.driver import GRAPH_DRIVER, context_bytes
 from huoyan.planning.graphs import graph_sizes
-from huoyan.planning.memory import Memory, graph_driver_bytes, memory
+from huoyan.planning.memory import CUBLAS_VARIABLE, Memory, cublas_bytes, graph_driver_bytes, memory
 from huoyan.planning.shapes import published_shapes
 from huoyan.planning.sizes import GIB, MIB, gib, parse_bytes
 from huoyan.planning.workspace import Way
@@ -59,7 +59,7 @@ def test_twenty_four_gib_with_kernels_and_graphs(int4: bool, seqs: int, tokens: 
     blocks = found.blocks_in(24 * GIB)
     assert blocks * 16 >= tokens
     assert blocks // (2048 // 16) >= (147 if int4 else 67)
-    for kv_dtype, times in (("int8", 1.85), ("fp8", 1.93)):
+    for kv_dtype, times in (("int8", 1.84), ("fp8", 1.93)):
         small = memory(
             FULL, EngineConfig(max_num_seqs=seqs), kernels, SHAPES, int4=int4, kv_dtype=kv_dtype
         ).blocks_in(24 * GIB)
@@ -198,3 +198,12 @@ def test_amounts() -> None:
         with pytest.raises(InputError, match="gpu_memory is"):
             parse_bytes(wrong, "gpu_memory")  # type: ignore[arg-type]
     assert [gib(n) for n in (3 * GIB // 2, 700 * MIB, 2048)] == ["1.5 GiB", "700 MiB", "2 KiB"]
+
+
+@pytest.mark.parametrize(
+    ("said", "each"), [("", 32 * MIB), (":16384:1", 16 * MIB), (":4096:2:16:8", 8320 * 1024)]
+)
+def test_cublas_has_what_its_variable_says(said: str, each: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CUBLAS_VARIABLE, said)
+    assert cublas_bytes(Way(itemsize=2, cuda=True, kernels=True)) == 2 * each
+    assert cublas_bytes(Way(itemsize=2, cuda=False)) == 0

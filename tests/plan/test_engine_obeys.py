@@ -244,7 +244,7 @@ def test_the_option_reaches_the_engine_and_is_checked(huoyan: Command, checkpoin
     with LLM("tiny", gpu_memory="600MiB", max_num_seqs=4, max_model_len=2048) as llm:
         engine = llm._runtime.backend
         assert engine.config.gpu_memory == 600 * MIB
-        assert engine.config.max_slice_patches == 16 * 16 * 16, (
+        assert engine.config.max_slice_patches == 8 * 16 * 16, (
             "from the checkpoint's slicing: 224 pixels of 14"
         )
         assert len(llm.ask(None, "hello", max_tokens=2)) >= 0

@@ -114,8 +114,10 @@ def _open_native(folder: Path, frontend: CheckpointFrontend, options: EngineOpti
 
     from huoyan.engine.driver_limits import lower_stack_limit
     from huoyan.engine.engine import Engine
-    from huoyan.engine.segments import let_segments_grow
+    from huoyan.engine.segments import close_gaps, let_segments_grow
     from huoyan.engine.sizing import check_before_loading, limit_torch
+    from huoyan.kernels import decode_kernels_enabled
+    from huoyan.layers.linear import lay_out_for_cuda
     from huoyan.models.checkpoint import open_checkpoint
     from huoyan.models.weights import load_model
 
@@ -137,6 +139,9 @@ def _open_native(folder: Path, frontend: CheckpointFrontend, options: EngineOpti
                 seed=options.seed,
                 progress=progress,
             )
+        if decode_kernels_enabled() and not checkpoint.config.text.tie_word_embeddings:
+            lay_out_for_cuda(model.llm.lm_head)
+        close_gaps(model, torch.device(device))
         engine = Engine(
             model,
             config,

@@ -41,10 +41,10 @@ class EngineConfig:
     """Tokens a step computes at most; longer prompts are computed in chunks."""
     max_encoder_slices: int = 32
     """Picture slices encoded at once."""
-    max_slice_patches: int = 16 * 32 * 32
+    max_slice_patches: int = 8 * 32 * 32
     """Patches of one slice at most: what the media stage lets through of a strip (see `MAX_SLICE_GROWTH`)."""
-    picture_cache_bytes: int = 64 * MIB
-    """Embeddings of recent pictures that are kept, some 140 slices of the published model. A picture larger
+    picture_cache_bytes: int = 32 * MIB
+    """Embeddings of recent pictures that are kept, some 70 slices of the published model. A picture larger
     than that, and of more than 64 slices, is refused."""
     enable_prefix_caching: bool = True
     """Keep computed blocks for later requests that begin alike."""

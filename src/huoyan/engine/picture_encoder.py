@@ -23,7 +23,7 @@ from huoyan.layers.packed_attention import to_device
 from huoyan.media.originals import LARGEST
 from huoyan.models.patches import normalised_bytes
 from huoyan.models.siglip import PackedGrids
-from huoyan.planning.pieces import BESIDE_PASS, BESIDE_PATCHES, BESIDE_SLICES
+from huoyan.planning.pieces import BESIDE_PASS, BESIDE_PATCHES, BESIDE_SLICES, PASS_PATCHES, PASS_SLICES
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -84,15 +84,19 @@ class PictureEncoder:
         on_device: bool | None = None,
         graphs: bool = False,
     ) -> None:
-        """`max_slices` of `max_patches` patches go through the encoder together at most (one slice may have more);
-        beside decodes `BESIDE_PASS` patches. `on_device` overrides `resizes_on_device`; `graphs` captures small
-        batches as CUDA graphs."""
+        """`max_slices` are asked for at once, and `PASS_SLICES` of `max_patches` patches go through the encoder
+        together at most (one slice may have more), `PASS_PATCHES` and beside decodes `BESIDE_PASS` where the device
+        resizes. `on_device` overrides
+        `resizes_on_device`; `graphs` captures small batches as CUDA graphs."""
         self._model = model
         self._max_slices = max_slices
         self._max_patches = max_patches
         self._stream: torch.cuda.Stream | None = None
         self._graphs: EncoderGraphs | None = None
         self._packer: _Packer | None = None
+        # Embeddings that stay would keep torch from giving back what lay around them: on CUDA they have memory apart,
+        # which torch keeps by the stream that was current when it was taken. Nothing runs there.
+        self._shelf = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
         if resizes_on_device(model) if on_device is None else on_device:
             self._packer = _Packer(model)
             if model.device.type == "cuda":
@@ -121,15 +125,16 @@ class PictureEncoder:
         them. `beside`: whether there are decodes, which go on meanwhile; where there are none, larger passes take the
         memory that a step would have."""
         patches = [count for picture in pictures for count in self._counts(picture)]
-        if self._packer is None or sum(patches) > self._most_together:
+        # A strip has only room where the step's memory is, without what is uploaded.
+        if self._packer is None or sum(patches) > self._most_together or max(patches) > BESIDE_PASS:
             return self._encode_passes(pictures), None
-        if beside and max(patches) > BESIDE_PASS:
-            # A strip, for which there is only room where the step's memory is.
-            beside = False
         stream = self._stream if beside or sum(patches) <= BESIDE_PASS else None
         with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
             packed, grids, back = self._packer.pack(pictures, aside=stream is not None)
-            own = self._split(pictures, self._encode(packed, grids, stream is not None).index_select(0, back))
+            encoded = self._encode(packed, grids, stream is not None).index_select(0, back)
+            own = self._places(pictures)
+            for place, part in zip(own, encoded.split([len(place) for place in own]), strict=True):
+                place.copy_(part)
             if stream is None:
                 return own, None
             done = torch.cuda.Event()
@@ -165,12 +170,7 @@ class PictureEncoder:
 
     def _encode_passes(self, pictures: Sequence[PreparedPicture]) -> list[Tensor]:
         """Slices that the host has cut, in passes that fit the workspace; a pass may end inside a picture."""
-        sizes = (self._model.config.query_num, self._model.config.text.hidden_size)
-        # Each has memory of its own, so that dropping one picture frees it.
-        own = [
-            torch.empty(picture.num_slices, *sizes, dtype=self._model.dtype, device=self._model.device)
-            for picture in pictures
-        ]
+        own = self._places(pictures)
         places = [place for embeddings in own for place in embeddings]
         slices = [piece for picture in pictures for piece in picture.slices]
         for first, last in self.passes(slices):
@@ -183,14 +183,14 @@ class PictureEncoder:
         """Runs (first, last) of as many slices, and patches, as are encoded at once."""
         side = self._model.config.vision.patch_size
         counts = [(piece.shape[0] // side) * (piece.shape[1] // side) for piece in slices]
-        return _runs(counts, self._max_slices, self._max_patches)
+        return _runs(counts, min(self._max_slices, PASS_SLICES), self._max_patches)
 
     def _encode(self, patches: Tensor, grids: list[Grid], aside: bool) -> Tensor:
         """In passes; `aside`: on the stream of its own, to which the graphs belong too."""
         parts = []
         at = 0
         graphs = self._graphs if aside else None
-        slices, most = self._max_slices, self._max_patches
+        slices, most = min(self._max_slices, PASS_SLICES), min(self._max_patches, PASS_PATCHES)
         if aside:
             slices, most = min(slices, BESIDE_SLICES), min(most, BESIDE_PASS)
         passes = _runs([rows * columns for rows, columns in grids], slices, most)
@@ -205,11 +205,19 @@ class PictureEncoder:
             parts.append(self._model.encode_patches(some, packed) if captured is None else captured)
         return _joined(parts)
 
-    def _split(self, pictures: Sequence[PreparedPicture], embeddings: Tensor) -> list[Tensor]:
-        if len(pictures) == 1:
-            return [embeddings]
-        # Copies, so that dropping one picture frees its memory.
-        return [part.clone() for part in embeddings.split([picture.num_slices for picture in pictures])]
+    def _places(self, pictures: Sequence[PreparedPicture]) -> list[Tensor]:
+        """Where the embeddings of each picture are to be, for work on the current stream: each has memory of its own,
+        so that dropping one picture frees it."""
+        sizes = (self._model.config.query_num, self._model.config.text.hidden_size)
+        with torch.cuda.stream(self._shelf) if self._shelf else contextlib.nullcontext():
+            own = [
+                torch.empty(picture.num_slices, *sizes, dtype=self._model.dtype, device=self._model.device)
+                for picture in pictures
+            ]
+        if self._shelf is not None:
+            for place in own:
+                place.record_stream(torch.cuda.current_stream(self._model.device))
+        return own
 
 
 class _Packer:

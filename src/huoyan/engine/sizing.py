@@ -151,7 +151,8 @@ def beside_weights(config: EngineConfig, sizes: ModelConfig, way: Way, limits: L
     """(bytes of everything but weights, KV cache and context, how many of them the driver takes)."""
     space = workspace(sizes, way, limits)
     graphs = graph_bytes(sizes, config, way, limits)
-    beside = space.total + picture_bytes(sizes, config, way) + graphs + slack_bytes(way, space)
+    pictures = picture_bytes(sizes, config, way)
+    beside = space.total + pictures + graphs + slack_bytes(way, space, pictures)
     return beside, graph_driver_bytes(way, limits) if graphs else 0
 
 
@@ -161,6 +162,8 @@ def _budget(config: EngineConfig, model: MiniCPMV, way: Way, limits: Limits) -> 
     if model.device.type == "cuda":
         context = context_bytes(stack_limit_is_low(model.device))
         state = card_state(model.device)
+        # Made when they are first used, after this.
+        beside += table_bytes(model.config, model.dtype.itemsize)
         return card_budget(state, config.gpu_memory_utilization, config.gpu_memory, beside, driver, context)
     if config.gpu_memory is not None:
         return host_budget(config.gpu_memory, tensor_bytes(model), beside)

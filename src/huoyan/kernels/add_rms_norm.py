@@ -49,16 +49,23 @@ def _kernel(
     tl.store(normed_ptr + row * width + column, (value * scale * weight).to(dtype), mask=ok)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, *, over: bool = False
+) -> tuple[Tensor, Tensor]:
     """(rms_norm(x + residual) * weight, x + residual) for x, residual [T, width], contiguous.
 
     x may be float32 parts [S, T, width], whose sum is meant, rounded to weight's dtype. Without a residual the second
-    result is x itself.
+    result is x itself. `over`, where there is a residual and there are no parts: the first is written over x, the sum
+    over the residual.
     """
     parts = x.shape[0] if x.dim() == 3 else 0
     rows, width = x.shape[-2:]
-    normed = torch.empty((rows, width), dtype=weight.dtype, device=x.device)
-    total = x if residual is None and not parts else torch.empty_like(normed)
+    if over and residual is not None and not parts and x.dtype == residual.dtype == weight.dtype:
+        # Each program has read its row before it writes.
+        normed, total = x, residual
+    else:
+        normed = torch.empty((rows, width), dtype=weight.dtype, device=x.device)
+        total = x if residual is None and not parts else torch.empty_like(normed)
     block = triton.next_power_of_2(width)
     overlap = x.is_cuda and overlaps()
     _kernel[(rows,)](

@@ -56,3 +56,23 @@ def silu_mul(gate_up: Tensor, dtype: torch.dtype | None = None, *, in_place: boo
         PARTS=parts, BLOCK=1024, OVERLAP=overlap, num_warps=4, **launch_options(overlap),
     )  # fmt: skip
     return out
+
+
+@triton.jit
+def _over_kernel(gate_ptr, up_ptr, width, gate_stride, up_stride, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    ok = column < width
+    at = gate_ptr + row * gate_stride + column
+    gate = tl.load(at, mask=ok, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + row * up_stride + column, mask=ok, other=0.0).to(tl.float32)
+    value = gate / (1.0 + tl.exp(-gate)) * up
+    tl.store(at, value.to(gate_ptr.dtype.element_ty), mask=ok)
+
+
+def silu_mul_over(gate: Tensor, up: Tensor) -> None:
+    """gate [T, width] becomes silu(gate) * up, computed in float32; the rows of either may lie apart."""
+    rows, width = gate.shape
+    _over_kernel[(rows, triton.cdiv(width, 1024))](
+        gate, up, width, gate.stride(0), up.stride(0), BLOCK=1024, num_warps=4
+    )

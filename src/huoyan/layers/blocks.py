@@ -1,4 +1,4 @@
-"""Products with a matrix that is dense only a block of its rows at a time."""
+"""Products with a matrix that is dense only a block of its rows at a time, or of some rows of the inputs at a time."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from huoyan.kernels import decode_kernels_enabled
+from huoyan.layers.fused import silu_mul_over
 from huoyan.planning.pieces import dense_rows
 
 
@@ -34,4 +35,27 @@ def linear_by_blocks(
             torch.mm(x, some, out=to)
         else:
             torch.addmm(bias[start:stop], x, some, out=to)
+    return out
+
+
+def gated_by_blocks(x: Tensor, width: int, dense: Callable[[int, int], Tensor], some: int) -> Tensor:
+    """silu(x @ gate.T) * (x @ up.T) -> [T, width], of a matrix [2 width, in], the gate first: `dense` as of
+    `linear_by_blocks`. The products with `up` are made for `some` rows of x at a time, and written over the gates."""
+    rows = dense_rows(width, x.shape[1], x.is_cuda and decode_kernels_enabled())
+    out = x.new_empty(x.shape[0], width)
+    for start in range(0, width, rows):
+        stop = min(start + rows, width)
+        gates = out[:, start:stop]
+        torch.mm(x, dense(start, stop).T, out=gates)
+        up = dense(width + start, width + stop).T
+        for gate, part in zip(gates.split(some), x.split(some), strict=True):
+            silu_mul_over(gate, part @ up)
+    return out
+
+
+def by_rows(compute: Callable[[Tensor], Tensor], x: Tensor, width: int, some: int) -> Tensor:
+    """compute(x) [T, width] for `some` rows of x [T, in] at a time."""
+    out = x.new_empty(x.shape[0], width)
+    for into, part in zip(out.split(some), x.split(some), strict=True):
+        into.copy_(compute(part))
     return out

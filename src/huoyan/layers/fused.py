@@ -5,15 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from huoyan.kernels import decode_kernels_enabled
 from huoyan.layers.norm import LayerNorm, RMSNorm
 from huoyan.planning.pieces import FEW_ROWS
 
 
-def add_norm(norm: RMSNorm | LayerNorm, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+def add_norm(
+    norm: RMSNorm | LayerNorm, x: Tensor, residual: Tensor | None, over: bool = False
+) -> tuple[Tensor, Tensor]:
     """(norm(x + residual), x + residual) for [T, width]; without a residual the second is x.
 
     On CUDA, before an RMS norm, x may be float32 parts, [S, T, width], whose sum is meant. Before a layer norm the sum
-    is written over x where nothing is to be differentiated: of the encoder's patches there are many.
+    is written over x where nothing is to be differentiated: of the encoder's patches there are many. `over`: of an RMS
+    norm of many rows both results may be written over x and residual, which nobody reads again.
     """
     if _use_kernel(x):
         if isinstance(norm, LayerNorm):
@@ -22,11 +26,12 @@ def add_norm(norm: RMSNorm | LayerNorm, x: Tensor, residual: Tensor | None) -> t
             return add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps)
         from huoyan.kernels.add_rms_norm import add_rms_norm
 
-        return add_rms_norm(x, residual, norm.weight, norm.eps)
+        over = over and x.dim() == 2 and len(x) > FEW_ROWS and not torch.is_grad_enabled()
+        return add_rms_norm(x, residual, norm.weight, norm.eps, over=over)
     if residual is None:
         return norm(x), x
-    over = isinstance(norm, LayerNorm) and not torch.is_grad_enabled()
-    total = x.add_(residual) if over else x + residual
+    in_place = isinstance(norm, LayerNorm) and not torch.is_grad_enabled()
+    total = x.add_(residual) if in_place else x + residual
     return norm(total), total
 
 
@@ -44,6 +49,16 @@ def silu_mul(gate_up: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         return kernel.silu_mul(gate_up, dtype, in_place=in_place)
     gate, up = gate_up.chunk(2, dim=-1)
     return torch.nn.functional.silu(gate) * up
+
+
+def silu_mul_over(gate: Tensor, up: Tensor) -> None:
+    """gate [T, width] becomes silu(gate) * up; rows of either may lie apart."""
+    if gate.is_cuda and decode_kernels_enabled():
+        from huoyan.kernels.silu_mul import silu_mul_over as kernel
+
+        kernel(gate, up)
+        return
+    torch.nn.functional.silu(gate, inplace=True).mul_(up)
 
 
 def _use_kernel(x: Tensor) -> bool:

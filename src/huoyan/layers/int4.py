@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,8 +10,9 @@ from torch import Tensor, nn
 
 from huoyan.kernels import decode_kernels_enabled
 from huoyan.layers import int4_cpu
-from huoyan.layers.blocks import linear_by_blocks
+from huoyan.layers.blocks import gated_by_blocks, linear_by_blocks
 from huoyan.layers.fused import silu_mul
+from huoyan.planning.pieces import FEW_ROWS, UP_ROWS, mlp_rows
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,8 @@ class Int4Linear(nn.Module):
 
     def gated(self, x: Tensor) -> Tensor:
         """See `huoyan.layers.linear.Linear.gated`."""
+        if self.packing == "words" and x.dim() == 2 and len(x) > FEW_ROWS:
+            return gated_by_blocks(x, self.width_out // 2, self._dense(x), mlp_rows(len(x), UP_ROWS))
         return silu_mul(self.parts(x), x.dtype)
 
     def _few(self, x: Tensor) -> bool:
@@ -132,11 +136,17 @@ class Int4Linear(nn.Module):
         if x.shape[0] <= kernel.MAX_ROWS:
             return kernel.int4_matmul(x.contiguous(), self.packed, self.meta, self.bias)
 
+        return linear_by_blocks(x, self.width_out, self._dense(x), self.bias)
+
+    def _dense(self, x: Tensor) -> Callable[[int, int], Tensor]:
+        """Some rows of the matrix, in the stream's scratch, by our kernel; `x`: what they are to be multiplied with."""
+        from huoyan.kernels.int4_matmul import dequantize
+
         def dense(start: int, stop: int) -> Tensor:
             out = _scratch(stop - start, self.width_in, x)
-            return kernel.dequantize(self.packed, self.meta, start, stop, out)
+            return dequantize(self.packed, self.meta, start, stop, out)
 
-        return linear_by_blocks(x, self.width_out, dense, self.bias)
+        return dense
 
     def weight_rows(self, start: int, stop: int) -> Tensor:
         """Rows start to stop of the dense weight, from the bytes packing."""

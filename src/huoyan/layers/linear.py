@@ -143,7 +143,7 @@ def lay_out_for_cuda(linear: nn.Module) -> None:
     cuBLAS has its fast kernels for outputs whose rows begin on 16 bytes: of the published head (151666 rows) it makes
     a product of 128 rows twice as fast so. A weight that another module shares is left alone.
     """
-    if not isinstance(linear, Linear) or linear.bias is not None:
+    if not isinstance(linear, Linear) or linear.bias is not None or linear.whole is not None:
         return
     rows, columns = linear.weight.shape
     if linear.weight.device.type != "cuda" or rows % _ALIGNED == 0 or rows < _WIDE:

@@ -22,8 +22,8 @@ RULES_FILE = "preprocessor_config.json"
 
 # A slice holds about (scale_resolution / patch_size)² patches, whatever its shape, until its short side
 # would fall under one patch; from there on the long side grows without end. A strip of one pixel still
-# fits below this many times the usual count up to 1:260 000.
-MAX_SLICE_GROWTH = 16
+# fits below this many times the usual count up to 1:65 000, the longest side of a JPEG.
+MAX_SLICE_GROWTH = 8
 
 
 def plan_slices(size: Size, rules: SliceRules, max_slice_nums: int | None = None) -> SlicePlan:

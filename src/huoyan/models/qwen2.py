@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import Protocol, cast
 
+import torch
 from torch import Tensor, nn
 
+from huoyan.layers.blocks import by_rows
 from huoyan.layers.embedding import embedding
 from huoyan.layers.fused import add_norm
 from huoyan.layers.linear import Linear
 from huoyan.layers.norm import RMSNorm
 from huoyan.layers.rope import RotaryTable, apply_rope
 from huoyan.models.config import TextConfig
+from huoyan.planning.pieces import mlp_rows
 
 
 class Attend(Protocol):
@@ -66,6 +69,16 @@ class MLP(nn.Module):
         self.down_proj = Linear(width, (config.hidden_size,), bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        some = len(x)
+        if x.is_cuda and isinstance(self.gate_up_proj, Linear) and not torch.is_grad_enabled():
+            # Of a long prompt this is a step's widest tensor. An int4 matrix, which would be made dense for each piece,
+            # has a way of its own.
+            some = mlp_rows(some)
+        if some < len(x):
+            return by_rows(self._whole, x, x.shape[1], some)
+        return self._whole(x)
+
+    def _whole(self, x: Tensor) -> Tensor:
         return self.down_proj.parts(self.gate_up_proj.gated(x))
 
 
@@ -81,9 +94,11 @@ class DecoderLayer(nn.Module):
         self, layer: int, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, attend: Attend
     ) -> tuple[Tensor, Tensor]:
         """Returns (the layer's last addition, the stream it is to be added to): the next norm adds them."""
-        x, residual = add_norm(self.input_layernorm, x, residual)
+        # The first layer's are its caller's.
+        own = layer > 0
+        x, residual = add_norm(self.input_layernorm, x, residual, own)
         x = self.self_attn(layer, x, cos, sin, attend)
-        x, residual = add_norm(self.post_attention_layernorm, x, residual)
+        x, residual = add_norm(self.post_attention_layernorm, x, residual, own)
         return self.mlp(x), residual
 
 

@@ -16,6 +16,8 @@ from huoyan.planning.sizes import MIB
 
 _SMALL = MIB
 _OWN_SEGMENT = 10 * MIB
+SMALL_SEGMENT = 2 * MIB
+LARGE_SEGMENT = 20 * MIB
 _SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """torch's own variables; what somebody has set there stays."""
 GROWING = "expandable_segments:True"
@@ -25,6 +27,11 @@ def grows() -> bool:
     """Whether the engine lets segments grow: unless torch's variables say something."""
     said = [os.environ[name] for name in _SETTINGS if os.environ.get(name)]
     return not said or any(GROWING.lower() in text.lower() for text in said)
+
+
+def whole_segments(size: int) -> int:
+    """What a pool of memory has whose tensors take `size` bytes at their fullest, a few small ones among them."""
+    return -(-size // LARGE_SEGMENT) * LARGE_SEGMENT + 3 * SMALL_SEGMENT if size else 0
 
 
 def reserved_bytes(sizes: Iterable[int], *, growing: bool = False) -> int:
@@ -37,7 +44,7 @@ def reserved_bytes(sizes: Iterable[int], *, growing: bool = False) -> int:
                 small += wanted
             else:
                 large += wanted
-        return -(-small // (2 * MIB)) * 2 * MIB + -(-large // (20 * MIB)) * 20 * MIB
+        return -(-small // SMALL_SEGMENT) * SMALL_SEGMENT + -(-large // LARGE_SEGMENT) * LARGE_SEGMENT
     free: dict[bool, list[int]] = {True: [], False: []}
     total = 0
     for size in sizes:
@@ -50,7 +57,7 @@ def reserved_bytes(sizes: Iterable[int], *, growing: bool = False) -> int:
         if at < len(rooms):
             room = rooms.pop(at)
         else:
-            room = 2 * MIB if is_small else 20 * MIB
+            room = SMALL_SEGMENT if is_small else LARGE_SEGMENT
             if wanted >= _OWN_SEGMENT:
                 room = -(-wanted // (2 * MIB)) * 2 * MIB
             total += room

@@ -11,19 +11,20 @@ import os
 
 from huoyan.planning.sizes import MIB
 
-CUDA_CONTEXT = 704 * MIB
-"""The driver's context with the kernels that get loaded, and with the stacks that it begins with. An H200 with torch
-of CUDA 13 had 615 MiB of it before the first weight was there and 753 after a first answer, a few graphs included; a
-smaller GPU has less."""
+CUDA_CONTEXT = 766 * MIB
+"""The driver's context with the kernels that get loaded, cuBLAS among them, and with the stacks that it begins with. An
+H100 with torch of CUDA 13 had 615 MiB of it before the first weight was there, and after every kind of load and 28
+graphs 616 with the stacks below, so 778 with its own; some 20 MiB are added. A smaller GPU has less."""
 STACK_BYTES = 256
 """The stack limit that an engine sets."""
 DRIVER_STACK_BYTES = 1024
 """The one that a context begins with."""
-STACKS_GIVEN_BACK = 0
-"""What the lower limit is counted to give back. On an H200, which runs 132 * 2048 threads at once, 198 MiB should be,
-less what the largest frame of a kernel takes again: to be measured."""
-GRAPH_DRIVER = 4 * MIB
-"""What the driver keeps of one captured decode step, an estimate."""
+STACKS_GIVEN_BACK = 162 * MIB
+"""What the lower limit gives back on an H100 or H200, which run 132 * 2048 threads at once: 198 MiB, of which torch's
+flash attention takes 36 again (384 bytes a thread)."""
+GRAPH_DRIVER = MIB
+"""What the driver keeps of one captured step: 0.4 to 1 MiB of graphs of 280 and 560 kernels, as long as they share a
+pool."""
 STACK_VARIABLE = "HUOYAN_CUDA_STACK"
 
 

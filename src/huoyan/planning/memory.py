@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING
 
 from huoyan.engine.kv_format import kv_bytes_per_token
-from huoyan.planning.allocator import grows, reserved_bytes
+from huoyan.planning.allocator import grows, reserved_bytes, whole_segments
 from huoyan.planning.driver import GRAPH_DRIVER, context_bytes
 from huoyan.planning.graphs import PREFILL_GRAPH_TOKENS, captured_rows, graph_sizes
 from huoyan.planning.pieces import (
@@ -35,8 +37,10 @@ if TYPE_CHECKING:
     from huoyan.planning.shapes import Shape
 
 CUBLAS = 32 * MIB
-"""cuBLAS's workspace on Hopper, the largest; it keeps one for every stream."""
-FRAGMENTS = 16
+"""cuBLAS's workspace on Hopper, the largest; it keeps one for every stream, and cuBLASLt has the same."""
+CUBLAS_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
+"""Where torch, too, reads how large it is to be: ":KiB:COUNT", once or several times."""
+FRAGMENTS = 10
 """One part in this many of what comes and goes is lost between tensors of different sizes."""
 
 
@@ -103,7 +107,7 @@ def memory(
         workspace=space,
         pictures=pictures,
         graphs=graph_bytes(config, engine, way, limits),
-        slack=slack_bytes(way, space) + rounding,
+        slack=slack_bytes(way, space, pictures) + rounding,
         context=context_bytes() if way.cuda else 0,
         kv_token=kv_bytes_per_token(config.text, way.itemsize, kv_dtype),
         limits=limits,
@@ -154,11 +158,11 @@ def graph_bytes(config: ModelConfig, engine: EngineConfig, way: Way, limits: Lim
     # Decodes and prompts share a pool, and each kind what goes in and comes out.
     prompts = max(PREFILL_GRAPH_TOKENS, default=0)
     shared = max(captured(config, way, limits, rows) for rows in (sizes[-1], prompts) if rows)
-    decodes = inputs + shared + 2 * prompts * config.text.hidden_size * way.itemsize
+    decodes = inputs + whole_segments(shared) + 2 * prompts * config.text.hidden_size * way.itemsize
     patches = min(ENCODER_GRAPH_PATCHES, limits.encoder_patches)
-    encodes = encoder(config, way, patches, ENCODER_GRAPH_SLICES) + ENCODER_GRAPH_SLICES * slice_bytes(
-        config, way.itemsize
-    )
+    encodes = whole_segments(encoder(config, way, patches, ENCODER_GRAPH_SLICES))
+    encodes += ENCODER_GRAPH_SLICES * slice_bytes(config, way.itemsize)
+    encodes += patches * config.vision.num_channels * config.vision.patch_size**2 * way.itemsize
     return decodes + encodes + graph_driver_bytes(way, limits)
 
 
@@ -168,16 +172,24 @@ def graph_driver_bytes(way: Way, limits: Limits) -> int:
     return GRAPH_DRIVER * (decodes + len(PREFILL_GRAPH_TOKENS) + ENCODER_GRAPHS)
 
 
-def slack_bytes(way: Way, space: Workspace) -> int:
+def slack_bytes(way: Way, space: Workspace, pictures: int) -> int:
     """Rounding of the allocator where tensors come and go, and cuBLAS's workspaces; nothing on a CPU."""
     if not way.cuda:
         return 0
-    return cublas_bytes(way) + space.peak // FRAGMENTS
+    # What torch keeps of the step's stream, of the encoder's, and of the pictures that stay is apart.
+    pools = [max(space.encoder, space.steps), space.beside]
+    reserved = sum(whole_segments(pool + pool // FRAGMENTS) for pool in pools) + whole_segments(pictures)
+    return cublas_bytes(way) + reserved - sum(pools) - pictures
 
 
 def cublas_bytes(way: Way) -> int:
     """Its workspaces: of the step's own stream, and of the encoder's."""
-    return (1 + way.kernels) * CUBLAS if way.cuda else 0
+    return (1 + way.kernels) * _cublas_workspace() if way.cuda else 0
+
+
+def _cublas_workspace() -> int:
+    said = re.findall(r":(\d+):(\d+)", os.environ.get(CUBLAS_VARIABLE, ""))
+    return sum(int(size) * int(count) for size, count in said) * 1024 if said else CUBLAS
 
 
 def _resident(config: ModelConfig, shapes: Mapping[str, Shape], way: Way) -> list[int]:

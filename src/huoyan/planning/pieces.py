@@ -1,5 +1,9 @@
 """How much is done at once where a step works in pieces: the engine goes by these, and the plan counts with them."""
 
+MLP_ROWS = 1024
+"""Tokens that go through the decoder's MLP at once on a GPU: it is busy with fewer already."""
+UP_ROWS = 768
+"""The same of the products that int4 gates are multiplied by, which lie beside the gates of all tokens."""
 GATHER_TOKENS = 32768
 """Tokens whose keys and values are gathered for attention at once, save that one sequence's always are."""
 MASK_VALUES = 1 << 24
@@ -14,15 +18,15 @@ FEW_ROWS = 192
 """Rows that our int4 kernels multiply without a dense matrix (`huoyan.kernels.int4_matmul.MAX_ROWS`)."""
 FEW_ROWS_CPU = 128
 """Rows that torch's int4 product multiplies in less time than unpacking takes (`huoyan.layers.int4_cpu`)."""
-PROMPT_LOGITS = 1 << 23
-"""Logits of a prompt's own tokens (32 MiB in float32)."""
-CHOICE_LOGITS = 1 << 22
+PROMPT_LOGITS = 1 << 22
+"""Logits of a prompt's own tokens (16 MiB in float32)."""
+CHOICE_LOGITS = 7 << 18
 """Logits that tokens are chosen from: filters and grammars take some thirty bytes for each."""
-SORTED_LOGITS = 1 << 20
+SORTED_LOGITS = 1 << 19
 """Logits that are sorted: some seventy bytes for each."""
 NOISE_LOGITS = 1 << 17
 """Logits that noise is made for: what stays in a core's cache."""
-NOISE_LOGITS_CUDA = 1 << 21
+NOISE_LOGITS_CUDA = 1 << 20
 """On a GPU, where each piece costs its launches."""
 COPIED_BLOCKS = 16
 """Blocks of the KV cache that are copied, by way of as much memory."""
@@ -30,9 +34,13 @@ PICTURE_SLICES = 64
 """Slices that one picture may have even where the picture cache holds fewer."""
 PROJECTED_PATCHES = 2048
 """Patches whose keys or values the resampler makes at once, over what they are made of."""
+PASS_SLICES = 8
+"""Slices that go through the encoder at once: what the resampler makes of them is held several times."""
+PASS_PATCHES = 6 * 1100
+"""Patches of a pass where the device resizes and nothing decodes, beside what was uploaded."""
 BESIDE_PATCHES = 11 * 1024
 """Patches that are resized and encoded in one go on CUDA: a picture of ten slices."""
-BESIDE_PASS = 4 * 1100
+BESIDE_PASS = 3 * 1100
 """Patches of a pass beside decodes, in memory that they do not share: enough to fill a device while the host launches
 the next ones."""
 BESIDE_SLICES = 8
@@ -53,6 +61,12 @@ _TILE = 128
 def dense_rows(out: int, width: int, kernels: bool) -> int:
     """Rows of a matrix [out, width] that are dense at a time; `kernels`: on CUDA, with our kernels on."""
     return _rows(out, width, DENSE_VALUES_CUDA if kernels else DENSE_VALUES)
+
+
+def mlp_rows(tokens: int, most: int = MLP_ROWS) -> int:
+    """Tokens of so many that go through the decoder's MLP at once, with our kernels on: all, or pieces of one size."""
+    pieces = -(-tokens // most)
+    return tokens if pieces <= 1 else -(-tokens // pieces // _TILE) * _TILE
 
 
 def unpacked_rows(out: int, width: int) -> int:

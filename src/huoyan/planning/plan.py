@@ -136,13 +136,14 @@ def plan(
         ModelError: no such model, or its headers cannot be read.
         InputError: an unknown card, or a request that cannot be.
     """
+    from huoyan.media.slicing import MAX_SLICE_GROWTH
+
     config, shapes, rules = open_shapes(model, hub=hub, revision=revision, cache_dir=cache_dir)
     card = _card(gpu)
     if isinstance(resolution, str):
         resolution = parse_resolution(resolution)
     request = request_shape(rules, config.query_num, images, resolution, max_tokens)
-    # As in the engine: a strip may have sixteen times a slice's usual patches.
-    patches = 16 * (rules.scale_resolution // rules.patch_size) ** 2
+    patches = MAX_SLICE_GROWTH * (rules.scale_resolution // rules.patch_size) ** 2
     engine = EngineConfig(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max(max_num_batched_tokens, max_num_seqs),

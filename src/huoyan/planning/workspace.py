@@ -23,10 +23,14 @@ from huoyan.planning.pieces import (
     MASK_VALUES,
     NOISE_LOGITS,
     NOISE_LOGITS_CUDA,
+    PASS_PATCHES,
+    PASS_SLICES,
     PROJECTED_PATCHES,
     PROMPT_LOGITS,
     SORTED_LOGITS,
+    UP_ROWS,
     dense_rows,
+    mlp_rows,
     unpacked_rows,
 )
 from huoyan.planning.sizes import MIB
@@ -92,10 +96,15 @@ class Workspace:
     """The encoder on a stream of its own, which does not share what the others have freed."""
 
     @property
+    def steps(self) -> int:
+        """Of a step but for its pictures."""
+        return max(self.decoder, self.logits, self.choice, self.prompt_logprobs)
+
+    @property
     def peak(self) -> int:
-        # A pass on the step's own stream begins when nothing else is under way, and may have the other one's memory.
-        steps = max(self.decoder, self.logits, self.choice, self.prompt_logprobs)
-        return max(self.encoder, self.beside + steps)
+        # A pass on the step's own stream begins when nothing else is under way, but what torch keeps for one stream it
+        # gives to another only after it has run out, which takes milliseconds.
+        return self.beside + max(self.encoder, self.steps)
 
     @property
     def total(self) -> int:
@@ -122,7 +131,7 @@ def with_encoder_passes(config: ModelConfig, way: Way, limits: Limits, slice_pat
     `slice_patches`: of the largest slice that may come, which is always encoded whole.
     """
     least = workspace(config, way, replace(limits, encoder_patches=slice_patches))
-    rest = replace(least, encoder=0).peak
+    rest = least.steps
     # The embeddings of a pass's slices count with however few patches; what they leave is for more patches.
     low, high = slice_patches, max(slice_patches, 1 << 24)
     while low < high:
@@ -164,10 +173,12 @@ def encoder(config: ModelConfig, way: Way, patches: int, slices: int, *, held: b
 
 def _encoder(config: ModelConfig, way: Way, limits: Limits) -> int:
     """On the step's own stream: slices that the host has cut, and whole pictures where there are no decodes."""
-    most = encoder(config, way, limits.encoder_patches, limits.encoder_slices)
+    slices = min(PASS_SLICES, limits.encoder_slices)
+    most = encoder(config, way, limits.encoder_patches, slices)
     if not way.kernels or not limits.encoder_patches:
         return most
-    return max(most, _whole_pictures(config, way, limits, limits.encoder_patches, limits.encoder_slices))
+    in_pass = min(PASS_PATCHES, limits.encoder_patches)
+    return max(most, _whole_pictures(config, way, limits, in_pass, slices))
 
 
 def _beside(config: ModelConfig, way: Way, limits: Limits) -> int:
@@ -220,15 +231,19 @@ def _decoder(config: ModelConfig, way: Way, limits: Limits, gathers: bool = True
     e, T = way.itemsize, limits.tokens
     H, I = text.hidden_size, text.intermediate_size
     A, K = _widths(config)
-    # Embeddings, the layer's two inputs, the residual stream, its norm; cosines and sines.
-    base = T * (5 * H * e + text.head_dim * 4)
+    # Embeddings, the layer's two inputs, the residual stream, its norm, where these are not written over the inputs;
+    # cosines and sines.
+    over = way.kernels and T > FEW_ROWS
+    base = T * ((3 if over else 5) * H * e + text.head_dim * 4)
     wide = 4 if way.cuda else 1
     # What comes in: x and residual of before, their sum, its norm and, off CUDA, float32 in between.
     norm = T * (2 * H * e + (0 if way.cuda else 3 * H * 4))
     # In float32: a copy, two halves' products, their sums, all of it joined; then rounded.
     rope = T * ((A + 2 * K) * e + (A + K) * (8 if e == 4 else 12))
     if way.kernels:
-        attention = T * ((A + 2 * K) + A + 2 * A) * e + _packed(config, way, limits, gathers)
+        # q k v, rotated where they are unless they come in parts; the answers in parts and joined.
+        rotated = 0 if over else A + 2 * K
+        attention = T * ((A + 2 * K) + rotated + 2 * A) * e + _packed(config, way, limits, gathers)
     else:
         # q k v, rotated, keys and values as they are written, the answers in parts and joined.
         attention = T * ((A + 2 * K) + (A + K) + 2 * K + 2 * A) * e + _plain_attention(config, way, limits)
@@ -236,15 +251,26 @@ def _decoder(config: ModelConfig, way: Way, limits: Limits, gathers: bool = True
     if way.kv8:
         # Stored and read again, in float32 in between.
         attention += T * 2 * K * 12
-    o_proj = T * ((A + 2 * K) + (A + K) + A + H) * e + _int4(way, T, H, A)
-    gate_up = T * 2 * I * e + _int4(way, T, 2 * I, H)
-    # On CUDA written over the gates, where it lies to the end.
-    silu = T * (2 if way.cuda else 4) * I * e
-    down = T * ((2 if way.cuda else 1) * I + H) * e + _int4(way, T, H, I)
+    o_proj = T * ((A + 2 * K) + (0 if over else A + K) + A + H) * e
+    o_proj += _int4(way, T, H, A)
+    if over and way.int4 == "words":
+        # All gates, some rows of what they gate, written over the gates.
+        mlp = max(T * I + mlp_rows(T, UP_ROWS) * I, T * (I + H)) * e
+    else:
+        # The rows that go through together; the answers of all beside those of these.
+        some = mlp_rows(T) if way.kernels and way.int4 is None else T
+        gate_up = some * 2 * I * e + _int4(way, some, 2 * I, H)
+        # On CUDA written over the gates, where it lies to the end.
+        silu = some * (2 if way.cuda else 4) * I * e
+        down = some * ((2 if way.cuda else 1) * I + H) * e + _int4(way, some, H, I)
+        mlp = max(gate_up, silu, down) + (T * H * e if some < T else 0)
+    if over:
+        # Attention's answer, which the norm is written over, beside the layer's input.
+        mlp += T * H * e
     qkv = T * (A + 2 * K) * e + _int4(way, T, A + 2 * K, H)
     # A graph's inputs are counted beside it; it makes them int64, and contiguous.
-    index = _index(limits) if gathers else 64 * T
-    return base + max(norm, qkv, attention, o_proj, gate_up, silu, down) + index + wide * MIB // 4
+    index = _index(limits, way) if gathers else 64 * T
+    return base + max(norm, qkv, attention, o_proj, mlp) + index + wide * MIB // 4
 
 
 def _plain_attention(config: ModelConfig, way: Way, limits: Limits) -> int:
@@ -296,7 +322,7 @@ def _logits(config: ModelConfig, way: Way, limits: Limits) -> tuple[int, int]:
     )
     # Of few rows the kernel makes float32.
     made = max(e * values, 4 * min(limits.seqs, 16) * text.vocab_size)
-    return 2 * hidden + rows + made + _index(limits) + MIB // 4, hidden + made + choosing + MIB // 4
+    return 2 * hidden + rows + made + _index(limits, way) + MIB // 4, hidden + made + choosing + MIB // 4
 
 
 def _prompt_logprobs(config: ModelConfig, way: Way, limits: Limits) -> int:
@@ -339,8 +365,11 @@ def _flash(way: Way, head_dim: int) -> int:
     return 0 if way.cuda else way.threads * (256 * (512 + head_dim + 2) * (4 + way.itemsize))
 
 
-def _index(limits: Limits) -> int:
+def _index(limits: Limits, way: Way) -> int:
     """Ids, positions, slots, tables: int64, once as they come and once cut or reshaped."""
+    if way.kernels:
+        # Sent together as int32; ids, and the slots of what is gathered, apart.
+        return 64 * limits.tokens + 8 * limits.seqs * (8 + _blocks(limits))
     return 16 * (8 * limits.tokens + limits.seqs * (8 + 2 * _blocks(limits)))
 
 
