@@ -41,8 +41,10 @@ if TYPE_CHECKING:
 CHOICE_BYTES = 24
 """A logit that is chosen from: in float32, copies for several kinds of requests, bias, filters, grammars; 21 were
 seen."""
-PARTS = 11
+PARTS = 14
 """Parts in float32 that our products of few rows give the next kernel to add."""
+SHARED_TILES = 9 * MIB
+"""Sums of the tiles of a gate's product that programs share, in float32."""
 SORT_BYTES = 64
 """A logit that is sorted: values, ids, sums in float64, and the sort's own memory."""
 NOISE_BYTES = 24
@@ -339,8 +341,10 @@ def _int4(way: Way, rows: int, out: int, width: int) -> int:
     e = way.itemsize
     if way.kernels and rows <= (FEW_ROWS if way.int4 == "words" else 16):
         # Sums of programs that share the inputs; a gate's are not parted.
-        parts = PARTS if rows <= 16 else 7 if rows <= 64 else 4
-        return (parts if out < 2 * width else 2 if rows <= 16 else 0) * rows * out * 4
+        parts = PARTS if rows <= 16 else 9 if rows <= 64 else 4
+        if out < 2 * width:
+            return parts * rows * out * 4
+        return 2 * rows * out * 4 if rows <= 16 else SHARED_TILES
     if way.int4 is None or (way.kernels and way.int4 == "words"):
         return 0
     if way.int4 == "cpu" and rows <= FEW_ROWS_CPU:
