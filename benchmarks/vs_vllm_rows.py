@@ -304,7 +304,7 @@ class Work:
         def prompts() -> list[dict[str, Any]]:
             return [self.about([self.sizes.picture]) for _ in range(count)]
 
-        self.generate(prompts()[: max(count // 8, 1)], tokens)
+        self.generate(prompts(), tokens)
         made = prompts()
         begun = time.perf_counter()
         self.generate(made, tokens)
