@@ -86,8 +86,7 @@ class PictureEncoder:
     ) -> None:
         """`max_slices` are asked for at once, and `PASS_SLICES` of `max_patches` patches go through the encoder
         together at most (one slice may have more), `PASS_PATCHES` and beside decodes `BESIDE_PASS` where the device
-        resizes. `on_device` overrides
-        `resizes_on_device`; `graphs` captures small batches as CUDA graphs."""
+        resizes. `on_device` overrides `resizes_on_device`; `graphs` captures small batches as CUDA graphs."""
         self._model = model
         self._max_slices = max_slices
         self._max_patches = max_patches
