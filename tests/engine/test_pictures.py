@@ -191,3 +191,13 @@ def test_pictures_as_arrays_are_not_changed(model: MiniCPMV, seed: int) -> None:
     before = [s.copy() for s in pic.slices]
     drive(Engine(model, EngineConfig(num_blocks=100)), [request("r", [5, pic, 6])])
     assert all(np.array_equal(a, b) for a, b in zip(before, pic.slices, strict=True))
+
+
+def test_warming_up_runs_a_pass_and_keeps_nothing() -> None:
+    engine = Engine(tiny_model(3), EngineConfig(num_blocks=20))
+    passes: list[int] = []
+    inner = engine.model.encode_patches
+    engine.model.encode_patches = lambda x, grids: passes.append(len(x)) or inner(x, grids)  # type: ignore
+    engine.runner.capture_all()
+    assert passes == [256]
+    assert not len(engine.pictures)

@@ -117,6 +117,13 @@ class PictureEncoder:
         """Whether `encode` returns before it is done, and decode steps go on beside it."""
         return self._stream is not None
 
+    def warm_up(self) -> None:
+        """Compile the kernels of a pass before the first picture comes, some seconds where they were never compiled."""
+        side = 16
+        pixels = 3 * self._model.config.vision.patch_size**2
+        patches = self._model.resampler.query.new_zeros(side * side, pixels)
+        self._model.encode_patches(patches, [(side, side)])
+
     def encode(
         self, pictures: Sequence[PreparedPicture], beside: bool = True
     ) -> tuple[list[Tensor], Ready | None]:

@@ -102,7 +102,8 @@ class Runner:
 
     @torch.inference_mode()
     def capture_all(self) -> None:
-        """Capture the graphs of all sizes, where there are graphs."""
+        """Capture the graphs of all sizes, where there are graphs, and compile what pictures take."""
+        self.encoder.warm_up()
         if self._graphs is not None:
             self._graphs.capture_all()
         if self._prefill_graphs is not None:
