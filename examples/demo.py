@@ -30,7 +30,7 @@ def main() -> None:
         answer = llm.ask(shown, question)
         seconds = time.perf_counter() - begun
         print(f"[{', '.join(names)}]\n  Q: {question}\n  A: {answer}\n  ({seconds:.2f} s)\n")
-    print("It is small and often wrong; its scores are in src/huoyan/tiny/checkpoint/README.md.")
+    print("It is small and sometimes wrong; its scores are in src/huoyan/tiny/checkpoint/README.md.")
     print("your own: huoyan ask --model tiny PICTURE 'question'   (pictures are in", f"{MEDIA})")
 
 
