@@ -180,13 +180,16 @@ def main() -> None:
     p.add_argument("--model", default="tiny")
     p.add_argument("--examples", type=int, default=100, help="drawings of each family")
     p.add_argument("--first", type=int, default=0, help="number of the first drawing")
+    p.add_argument("--families", default=",".join(FAMILIES), help="of questions, separated by commas")
     p.add_argument("--seconds", type=float, default=600, help="ask no more when these are over")
     a = p.parse_args()
     from huoyan.models.checkpoint import open_checkpoint
     from huoyan.models.hub import resolve_model
     from huoyan.models.weights import load_model
     from huoyan.prompt.processor import PromptProcessor
+    from huoyan_training.families import FAMILIES as ALL
 
+    numbers = [list(ALL).index(family) for family in a.families.split(",")]
     begin = time.monotonic()
     named = [("16 bits", a.model), *((n, path) for n, _, path in (c.partition("=") for c in a.checkpoints))]
     columns = [
@@ -200,11 +203,12 @@ def main() -> None:
         if time.monotonic() - begin > a.seconds:
             break
         with torch.inference_mode():
-            some = take(columns, questions(1, drawing), processor, {})
+            wanted = [q for q in questions(1, drawing) if q.drawing // 100_000 % 100 in numbers]
+            some = take(columns, wanted, processor, {})
         asked += some
         tokens += sum(len(processor.tokenizer.encode_plain(q.reference)) + 1 for q in some)
     print(table(columns, asked, tokens))
-    drawn = len({q.drawing for q in asked}) // len(FAMILIES)
+    drawn = len({q.drawing for q in asked}) // len(numbers)
     print(f"\n{drawn} drawings of a family; {len(asked)} questions; {time.monotonic() - begin:.0f} s")
 
 
