@@ -36,8 +36,9 @@ PROJECTED_PATCHES = 2048
 """Patches whose keys or values the resampler makes at once, over what they are made of."""
 PASS_SLICES = 8
 """Slices that go through the encoder at once: what the resampler makes of them is held several times."""
-PASS_PATCHES = 6 * 1100
-"""Patches of a pass where the device resizes and nothing decodes, beside what was uploaded."""
+PASS_PATCHES = 7 * 1056
+"""Patches of a pass where the device resizes and nothing decodes, beside what was uploaded: all of a picture of
+1344x896, since launching a pass takes the host as long for one slice as for seven."""
 BESIDE_PATCHES = 11 * 1024
 """Patches that are resized and encoded in one go on CUDA: a picture of ten slices."""
 BESIDE_PASS = 3 * 1100
