@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, scaled_dot_product_attention
 
-from int4_quality import FAMILIES, Asked, paired, questions
+from int4_quality import FAMILIES, Asked, markdown, questions, score_rows
 
 
 @dataclass
@@ -149,29 +149,12 @@ def take(columns: list[Column], asked: list[Asked], processor: Any, pictures: di
 
 def table(columns: list[Column], asked: list[Asked], tokens: int) -> str:
     """Markdown, the first column of numbers being 16 bits."""
-    first = columns[0]
-    drawings: dict[str, list[int]] = defaultdict(list)
-    for a in asked:
-        drawings[a.task].append(a.drawing)
-    rows = [["", "n", *(c.name for c in columns)]]
-    tasks = sorted(first.scores)
-    for name, group in [*((t, [t]) for t in tasks), ("all", tasks)]:
-        where = [d for t in group for d in drawings[t]]
-        cells = []
-        for c in columns:
-            own, reference = ([s for t in group for s in which.scores[t]] for which in (c, first))
-            cell = f"{100 * sum(own) / len(own):.1f} %"
-            if c is not first:
-                cell += " ({:+.1f} ± {:.1f})".format(*paired(own, reference, where))
-            cells.append(cell)
-        rows.append([name, str(len(where)), *cells])
+    rows = score_rows(columns, asked, sorted(columns[0].scores))
     rows.append(["perplexity", str(tokens), *(f"{math.exp(c.loss / tokens):.5f}" for c in columns)])
     rows.append(["divergence", str(tokens), *(f"{c.divergence / tokens:.2e}" for c in columns)])
     rows.append(["token agreement", str(tokens), *(f"{100 * c.agreed / tokens:.2f} %" for c in columns)])
     rows.append(["same tokens", str(len(asked)), *(f"{100 * c.same / len(asked):.1f} %" for c in columns)])
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    lines.insert(1, "|---" * len(rows[0]) + "|")
-    return "\n".join(lines)
+    return markdown(rows)
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,35 @@ def paired(mine: list[float], first: list[float], drawings: list[int]) -> tuple[
     return mean, sum(total**2 for total in clusters.values()) ** 0.5 / len(differences)
 
 
+def score_rows(columns: Sequence[Any], asked: list[Asked], tasks: list[str]) -> list[list[str]]:
+    """The head of a table, a row for each task and one for all.
+
+    `columns` have a `name` and `scores` by task; the others' differences are to the first, in 16 bits.
+    """
+    first = columns[0]
+    drawings: dict[str, list[int]] = defaultdict(list)
+    for a in asked:
+        drawings[a.task].append(a.drawing)
+    rows = [["", "n", *(c.name for c in columns)]]
+    for name, group in [*((task, [task]) for task in tasks), ("all", tasks)]:
+        where = [d for task in group for d in drawings[task]]
+        cells = []
+        for c in columns:
+            own, reference = ([s for task in group for s in which.scores[task]] for which in (c, first))
+            cell = f"{100 * sum(own) / len(own):.1f} %"
+            if c is not first:
+                cell += " ({:+.1f} ± {:.1f})".format(*paired(own, reference, where))
+            cells.append(cell)
+        rows.append([name, str(len(where)), *cells])
+    return rows
+
+
+def markdown(rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines.insert(1, "|---" * len(rows[0]) + "|")
+    return "\n".join(lines)
+
+
 def table(measured: list[Measured], asked: list[Asked]) -> str:
     """Markdown, the first column of numbers being 16 bits."""
     import math
@@ -153,25 +183,7 @@ def table(measured: list[Measured], asked: list[Asked]) -> str:
     import torch
 
     first = measured[0]
-    rows = [["", "n", *(m.name for m in measured)]]
-    drawings: dict[str, list[int]] = defaultdict(list)
-    for a in asked:
-        drawings[a.task].append(a.drawing)
-
-    def cells(tasks: list[str]) -> list[str]:
-        out = []
-        where = [d for task in tasks for d in drawings[task]]
-        for m in measured:
-            own, reference = ([s for task in tasks for s in which.scores[task]] for which in (m, first))
-            cell = f"{100 * sum(own) / len(own):.1f} %"
-            if m is not first:
-                cell += " ({:+.1f} ± {:.1f})".format(*paired(own, reference, where))
-            out.append(cell)
-        return out
-
-    for task, values in first.scores.items():
-        rows.append([task, str(len(values)), *cells([task])])
-    rows.append(["all", str(len(asked)), *cells(list(first.scores))])
+    rows = score_rows(measured, asked, list(first.scores))
     rows.append(["perplexity", str(first.count), *(f"{math.exp(m.loss / m.count):.5f}" for m in measured)])
     mine = torch.cat(first.best)
     agree = [float((torch.cat(m.best) == mine).float().mean()) for m in measured]
@@ -180,9 +192,7 @@ def table(measured: list[Measured], asked: list[Asked]) -> str:
     rows.append(
         ["same answer", str(len(first.answers)), *(f"{100 * s / len(first.answers):.1f} %" for s in same)]
     )
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    lines.insert(1, "|---" * len(rows[0]) + "|")
-    return "\n".join(lines)
+    return markdown(rows)
 
 
 def main() -> None:
