@@ -163,3 +163,6 @@ def test_errors_are_one_line(huoyan: Command, tmp_path: Path) -> None:
     done = huoyan("bench", "compare", "tiny", "tiny-int4", "--picture", tmp_path / "none.png")
     assert (done.code, done.err.count("\n")) == (2, 1)
     assert "none.png" in done.err
+    # A second model that is not there is told before the first is measured.
+    done = huoyan("bench", "compare", "tiny", tmp_path / "b")
+    assert (done.code, done.err.count("\n"), done.out) == (3, 1, "")

@@ -79,10 +79,12 @@ def compare(
     from huoyan.api.loading import pick_device
     from huoyan.bench.compare import Question, markdown_table, text_table
     from huoyan.bench.compare import compare as run
+    from huoyan.bench.opened import folder_of
     from huoyan.bench.text_files import write_json
     from huoyan.cli.console import dim
     from huoyan.errors import InputError
     from huoyan.media.picture import Picture
+    from huoyan.models.hub import resolve_model
 
     if plot is not None:
         from huoyan.planning.plot import need_matplotlib
@@ -108,6 +110,10 @@ def compare(
         if json_file is None:
             raise InputError("--resume goes on with a file: give --json FILE")
         kept = _kept(json_file, where, settings) or kept
+    for model in (model_a, model_b):
+        # A wrong name is told before the other model is measured, which takes minutes.
+        with folder_of(model, load_format) as (name, _):
+            resolve_model(name, hub=hub, revision=revision)
 
     def keep() -> None:
         if json_file is not None:
