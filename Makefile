@@ -34,7 +34,7 @@ test-peer: $(VENV)/.dev  ## engine, vLLM backend and plugin against vLLM on the 
 	@.venv-peer/bin/python -m pytest -q -p no:cacheprovider -m peer tests/contract
 
 test-gpu:  ## the GPU tests, with the python that has torch with CUDA (PYTHON=...)
-	@PYTHONPATH=src $(PYTHON) -m pytest -q tests/kernels tests/engine/test_gpu.py -p no:cacheprovider
+	@PYTHONPATH=src $(PYTHON) -m pytest -q tests/kernels tests/engine/test_gpu.py tests/plan/test_gpu.py -p no:cacheprovider
 
 lint: $(VENV)/.dev  ## style and types
 	@$(BIN)/ruff format --check .

@@ -68,8 +68,6 @@ TUNINGS = [
     Tuning(block_n=64, split=1, warps=4, stages=3),
     Tuning(block_n=128, split=3, warps=4, stages=2, prefetch=2),
     Tuning(block_n=64, split=1, warps=4, stages=3, scaled=True),
-    Tuning(block_n=64, split=2, warps=4, stages=3, pair=True),
-    Tuning(block_n=64, split=1, warps=4, stages=3, block_m=32, pair=True),
     Tuning(block_n=64, split=1, warps=4, stages=3, block_m=32, scaled=True, wave=2, tail=3),
     Tuning(block_n=64, split=1, warps=4, stages=3, block_m=64, scaled=True, tiles=True),
     Tuning(block_n=128, split=2, warps=8, stages=2, block_m=32, scaled=True, tiles=True, registers=128),

@@ -102,8 +102,6 @@ class Tuning:
     block_m: int = 16
     scaled: bool = False
     unroll: int = 1
-    pair: bool = False
-    """Twice `block_m` rows a program, one half after the other: weights are unpacked once for both."""
     tiles: bool = False
     """Rows come by the tensor memory unit (Hopper): no addresses of theirs in registers, no masks."""
     registers: int | None = None
@@ -113,6 +111,25 @@ class Tuning:
     tail: int = 1
     """Programs that share the inputs of a tile of the last round; the last to come adds their sums, always in the same
     order."""
+
+
+@triton.constexpr_function
+def _pair_code(bf16: bool, high: bool, scaled: bool) -> str:
+    """The assembly of `_pair`: $2 words, $3 what is added, $4 the scale."""
+    if bf16:
+        # m: 128.0; s: 1.0; z: -0.0.
+        registers, mask, constants = "t, m, s, z", "000f000f", "mov.b32 m, 0x43004300; mov.b32 s, 0x3f803f80;"
+        constants += "mov.b32 z, 0x80008000;" if scaled else ""
+        less, times = "fma.rn.bf16x2 t, t, s, $3;", "fma.rn.bf16x2 t, t, $4, z;"
+    elif high:
+        # m: 1024.0; s: 1 / 16.
+        registers, mask, constants = "t, m, s", "00f000f0", "mov.b32 m, 0x64006400; mov.b32 s, 0x2c002c00;"
+        less, times = "fma.rn.f16x2 t, t, s, $3;", "mul.rn.f16x2 t, t, $4;"
+    else:
+        registers, mask, constants = "t, m", "000f000f", "mov.b32 m, 0x64006400;"
+        less, times = "add.f16x2 t, t, $3;", "mul.rn.f16x2 t, t, $4;"
+    nibbles = f"lop3.b32 t, $2, 0x{mask}, m, 0xea;"
+    return f"{{.reg .b32 {registers}; {constants} {nibbles} {less} {times if scaled else ''} mov.b32 {{$0, $1}}, t;}}"
 
 
 @triton.jit
@@ -125,49 +142,18 @@ def _pair(w, zero, scale, HIGH: tl.constexpr, BF16: tl.constexpr, SCALED: tl.con
     no room for the higher place. In assembly two or three instructions; the interpreter has none. A scale must be in
     the assembly: multiplied after it, ptxas has each product of the matrix units wait for the one before.
     """
+    dtype: tl.constexpr = tl.bfloat16 if BF16 else tl.float16
     if ASM:
-        if BF16:
-            if SCALED:
-                low, high = tl.inline_asm_elementwise(
-                    "{.reg .b32 t, m, s, z; mov.b32 m, 0x43004300; mov.b32 s, 0x3f803f80; mov.b32 z, 0x80008000;"
-                    "lop3.b32 t, $2, 0x000f000f, m, 0xea; fma.rn.bf16x2 t, t, s, $3;"
-                    "fma.rn.bf16x2 t, t, $4, z; mov.b32 {$0, $1}, t;}",
-                    "=h,=h,r,r,r", [w, zero, scale], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=1,
-                )  # fmt: skip
-            else:
-                low, high = tl.inline_asm_elementwise(
-                    "{.reg .b32 t, m, s; mov.b32 m, 0x43004300; mov.b32 s, 0x3f803f80;"
-                    "lop3.b32 t, $2, 0x000f000f, m, 0xea; fma.rn.bf16x2 t, t, s, $3; mov.b32 {$0, $1}, t;}",
-                    "=h,=h,r,r", [w, zero], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=1,
-                )  # fmt: skip
-        elif HIGH:
-            if SCALED:
-                low, high = tl.inline_asm_elementwise(
-                    "{.reg .b32 t, m, s; mov.b32 m, 0x64006400; mov.b32 s, 0x2c002c00;"
-                    "lop3.b32 t, $2, 0x00f000f0, m, 0xea; fma.rn.f16x2 t, t, s, $3; mul.rn.f16x2 t, t, $4;"
-                    "mov.b32 {$0, $1}, t;}",
-                    "=h,=h,r,r,r", [w, zero, scale], dtype=(tl.float16, tl.float16), is_pure=True, pack=1,
-                )  # fmt: skip
-            else:
-                low, high = tl.inline_asm_elementwise(
-                    "{.reg .b32 t, m, s; mov.b32 m, 0x64006400; mov.b32 s, 0x2c002c00;"
-                    "lop3.b32 t, $2, 0x00f000f0, m, 0xea; fma.rn.f16x2 t, t, s, $3; mov.b32 {$0, $1}, t;}",
-                    "=h,=h,r,r", [w, zero], dtype=(tl.float16, tl.float16), is_pure=True, pack=1,
-                )  # fmt: skip
-        elif SCALED:
+        CODE: tl.constexpr = _pair_code(BF16, HIGH, SCALED)
+        if SCALED:
             low, high = tl.inline_asm_elementwise(
-                "{.reg .b32 t, m; mov.b32 m, 0x64006400; lop3.b32 t, $2, 0x000f000f, m, 0xea;"
-                "add.f16x2 t, t, $3; mul.rn.f16x2 t, t, $4; mov.b32 {$0, $1}, t;}",
-                "=h,=h,r,r,r", [w, zero, scale], dtype=(tl.float16, tl.float16), is_pure=True, pack=1,
-            )  # fmt: skip
+                CODE, "=h,=h,r,r,r", [w, zero, scale], dtype=(dtype.value, dtype.value), is_pure=True, pack=1
+            )
         else:
             low, high = tl.inline_asm_elementwise(
-                "{.reg .b32 t, m; mov.b32 m, 0x64006400; lop3.b32 t, $2, 0x000f000f, m, 0xea;"
-                "add.f16x2 t, t, $3; mov.b32 {$0, $1}, t;}",
-                "=h,=h,r,r", [w, zero], dtype=(tl.float16, tl.float16), is_pure=True, pack=1,
-            )  # fmt: skip
+                CODE, "=h,=h,r,r", [w, zero], dtype=(dtype.value, dtype.value), is_pure=True, pack=1
+            )
     else:
-        dtype: tl.constexpr = tl.bfloat16 if BF16 else tl.float16
         BITS: tl.constexpr = 0x4300 if BF16 else 0x6400
         MASK: tl.constexpr = 0xF0 if HIGH else 0xF
         PART: tl.constexpr = 0.0625 if HIGH else 1.0
@@ -278,7 +264,7 @@ def _matmul_kernel(
     x_ptr, x_tiles, words_ptr, meta_ptr, bias_ptr, out_ptr, late_ptr, arrived_ptr, M, N, K, whole,
     GROUP: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, SCALED: tl.constexpr,
     EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PREFETCH: tl.constexpr,
-    PAIR: tl.constexpr, UNROLL: tl.constexpr, TILES: tl.constexpr, TAIL: tl.constexpr,
+    UNROLL: tl.constexpr, TILES: tl.constexpr, TAIL: tl.constexpr,
     ASM: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     begin(OVERLAP)
@@ -291,7 +277,7 @@ def _matmul_kernel(
         part = late % TAIL
         tile_n = tl.minimum(tile_n, whole) + late // TAIL
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    first_m = tl.program_id(2) * (2 * BLOCK_M if PAIR else BLOCK_M)
+    first_m = tl.program_id(2) * BLOCK_M
     m = first_m + tl.arange(0, BLOCK_M)
     j = tl.arange(0, 16)
     k = tl.arange(0, 128)
@@ -310,8 +296,6 @@ def _matmul_kernel(
         prefetch_lines(ahead)
     wait(OVERLAP)
     x_at = x_ptr + m[:, None] * K + k[None, :]
-    other_ok = (m + BLOCK_M < M)[:, None]
-    other_acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     for block in tl.range(first, last, num_stages=STAGES, loop_unroll_factor=UNROLL):
         w = _load_words(words_at + block * 1024, n_ok, EVEN)
@@ -325,13 +309,6 @@ def _matmul_kernel(
             acc = _settled(tl.dot(weight, x, acc), ASM)
         else:
             acc += tl.dot(weight, x) * meta.to(tl.int16).to(weight.dtype, bitcast=True).to(tl.float32)
-        if PAIR:
-            other = tl.trans(tl.load(x_at + BLOCK_M * K + block * 128, mask=other_ok, other=0.0))
-            if SCALED:
-                other_acc = _settled(tl.dot(weight, other, other_acc), ASM)
-            else:
-                scale = meta.to(tl.int16).to(weight.dtype, bitcast=True).to(tl.float32)
-                other_acc += tl.dot(weight, other) * scale
     if TAIL > 1:
         # Nothing of what follows is kept in registers over the blocks.
         program = _again(tl.program_id(0), ASM)
@@ -356,8 +333,6 @@ def _matmul_kernel(
             _store(acc, bias_ptr, out_ptr, m, n, n_ok, split, M, N, HAS_BIAS)
     else:
         _store(acc, bias_ptr, out_ptr, m, n, n_ok, split, M, N, HAS_BIAS)
-    if PAIR:
-        _store(other_acc, bias_ptr, out_ptr, m + BLOCK_M, n, n_ok, split, M, N, HAS_BIAS)
 
 
 @triton.jit
@@ -470,7 +445,6 @@ def _launch(
     else:
         out = torch.empty((m, n), dtype=x.dtype, device=x.device)
     overlap = x.is_cuda and overlaps()
-    rows = tuning.block_m * (2 if tuning.pair else 1)
     programs = whole = triton.cdiv(n, tuning.block_n)
     tail, late, arrived = 1, out, out
     over = programs % (tuning.wave * _processors(x.device)) if tuning.wave else 0
@@ -479,9 +453,11 @@ def _launch(
     if tail > 1:
         whole = programs - over
         programs = whole + over * tail
-        late = torch.empty(over * tail * tuning.block_n * rows, dtype=torch.float32, device=x.device)
+        late = torch.empty(
+            over * tail * tuning.block_n * tuning.block_m, dtype=torch.float32, device=x.device
+        )
         arrived = _arrivals(over, x.device)
-    tiles = tuning.tiles and not tuning.pair and (overlap or not x.is_cuda)
+    tiles = tuning.tiles and (overlap or not x.is_cuda)
     operands = (
         x, TensorDescriptor(x, [m, k], [k, 1], [tuning.block_m, BLOCK]) if tiles else x, words, meta,
         x if bias is None else bias, out, late, arrived, m, n, k, whole,
@@ -489,12 +465,12 @@ def _launch(
     options = dict(
         GROUP=group, HAS_BIAS=bias is not None, SPLIT=split, SCALED=group < BLOCK or tuning.scaled,
         EVEN=n % tuning.block_n == 0, BLOCK_M=tuning.block_m, BLOCK_N=tuning.block_n, STAGES=tuning.stages,
-        PREFETCH=tuning.prefetch if overlap else 0, PAIR=tuning.pair, UNROLL=tuning.unroll, TILES=tiles, TAIL=tail,
+        PREFETCH=tuning.prefetch if overlap else 0, UNROLL=tuning.unroll, TILES=tiles, TAIL=tail,
         ASM=x.is_cuda, OVERLAP=overlap, num_warps=tuning.warps, **launch_options(overlap),
     )  # fmt: skip
     if x.is_cuda and tuning.registers:
         options["maxnreg"] = tuning.registers
-    return out, (programs, split, triton.cdiv(m, rows)), operands, options
+    return out, (programs, split, triton.cdiv(m, tuning.block_m)), operands, options
 
 
 @lru_cache(maxsize=16)

@@ -13,15 +13,15 @@ from huoyan.layers.packed_attention import packed_attention
 from huoyan.models.config import ModelConfig
 from huoyan.models.patches import Grid
 from huoyan.models.siglip import PackedGrids
-from huoyan.planning.pieces import PROJECTED_PATCHES
+from huoyan.planning.pieces import KEPT_POSITIONS, PROJECTED_PATCHES
 
 _NORM_EPS = 1e-6
 
 
-def sincos_positions(count: int, width: int) -> Tensor:
-    """[count, width]: `[sin(t * w), cos(t * w)]` with `w_k = 10000 ** (-k / (width / 2))`."""
+def sincos_positions(count: int, width: int, first: int = 0) -> Tensor:
+    """[count, width]: `[sin(t * w), cos(t * w)]` for t from `first` on, with `w_k = 10000 ** (-k / (width / 2))`."""
     k = torch.arange(width // 2, dtype=torch.float64)
-    angles = torch.outer(torch.arange(count, dtype=torch.float64), 10000.0 ** (-k / (width / 2)))
+    angles = torch.outer(torch.arange(first, first + count, dtype=torch.float64), 10000.0 ** (-k / (width / 2)))
     return torch.cat((angles.sin(), angles.cos()), dim=1).float()
 
 
@@ -30,26 +30,32 @@ class GridPositions:
 
     def __init__(self, width: int) -> None:
         self.width = width
-        self._axis: dict[torch.device, Tensor] = {}
-
-    def axis(self, count: int, device: torch.device) -> Tensor:
-        found = self._axis.get(device)
-        if found is None or found.shape[0] < count:
-            found = sincos_positions(max(count, 70), self.width // 2).to(device)
-            self._axis[device] = found
-        return found
+        self._kept: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def __call__(self, grids: Sequence[Grid], device: torch.device, dtype: torch.dtype) -> Tensor:
         """[sum(rows * columns), width]."""
-        axis = self.axis(max(max(grid) for grid in grids), device).to(dtype)
         out = torch.empty(sum(r * c for r, c in grids), self.width, dtype=dtype, device=device)
+        half = self.width // 2
         at = 0
         for rows, columns in grids:
             slice_of = out[at : at + rows * columns].view(rows, columns, self.width)
-            slice_of[..., : self.width // 2] = axis[:columns]
-            slice_of[..., self.width // 2 :] = axis[:rows].unsqueeze(1)
+            for first in range(0, columns, KEPT_POSITIONS):
+                axis = self._axis(first, min(KEPT_POSITIONS, columns - first), device, dtype)
+                slice_of[:, first : first + len(axis), :half] = axis
+            for first in range(0, rows, KEPT_POSITIONS):
+                axis = self._axis(first, min(KEPT_POSITIONS, rows - first), device, dtype)
+                slice_of[first : first + len(axis), :, half:] = axis.unsqueeze(1)
             at += rows * columns
         return out
+
+    def _axis(self, first: int, count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """[count, width / 2] of positions from `first` on. Only the first ones, which every picture has, are kept: the
+        others are those of strips, which may be thousands long."""
+        if first:
+            return sincos_positions(count, self.width // 2, first).to(device, dtype)
+        if (device, dtype) not in self._kept:
+            self._kept[device, dtype] = sincos_positions(KEPT_POSITIONS, self.width // 2).to(device, dtype)
+        return self._kept[device, dtype][:count]
 
 
 class CrossAttention(nn.Module):

@@ -26,6 +26,7 @@ from huoyan.planning.workspace import (
     Way,
     Workspace,
     captured,
+    captured_prompts,
     encoder,
     with_encoder_passes,
     workspace,
@@ -40,7 +41,7 @@ CUBLAS = 32 * MIB
 """cuBLAS's workspace on Hopper, the largest; it keeps one for every stream, and cuBLASLt has the same."""
 CUBLAS_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
 """Where torch, too, reads how large it is to be: ":KiB:COUNT", once or several times."""
-FRAGMENTS = 10
+FRAGMENTS = 16
 """One part in this many of what comes and goes is lost between tensors of different sizes."""
 
 
@@ -157,7 +158,9 @@ def graph_bytes(config: ModelConfig, engine: EngineConfig, way: Way, limits: Lim
     inputs = 4 * (4 + -(-limits.context // limits.block_size)) * sizes[-1]
     # Decodes and prompts share a pool, and each kind what goes in and comes out.
     prompts = max(PREFILL_GRAPH_TOKENS, default=0)
-    shared = max(captured(config, way, limits, rows) for rows in (sizes[-1], prompts) if rows)
+    shared = captured(config, way, limits, sizes[-1])
+    if prompts:
+        shared = max(shared, captured_prompts(config, way, limits, prompts))
     decodes = inputs + whole_segments(shared) + 2 * prompts * config.text.hidden_size * way.itemsize
     patches = min(ENCODER_GRAPH_PATCHES, limits.encoder_patches)
     encodes = whole_segments(encoder(config, way, patches, ENCODER_GRAPH_SLICES))

@@ -34,6 +34,8 @@ PICTURE_SLICES = 64
 """Slices that one picture may have even where the picture cache holds fewer."""
 PROJECTED_PATCHES = 2048
 """Patches whose keys or values the resampler makes at once, over what they are made of."""
+KEPT_POSITIONS = 128
+"""Rows and columns of a slice whose positions are computed once. A square slice of the published size has 32."""
 PASS_SLICES = 8
 """Slices that go through the encoder at once: what the resampler makes of them is held several times."""
 PASS_PATCHES = 7 * 1056

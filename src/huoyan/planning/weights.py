@@ -9,6 +9,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from huoyan.models.layout import IGNORED
+from huoyan.planning.pieces import KEPT_POSITIONS
 
 if TYPE_CHECKING:
     from huoyan.models.config import ModelConfig
@@ -122,6 +123,6 @@ def table_bytes(config: ModelConfig, itemsize: int) -> int:
     """Of what is computed once: rotations, positions of patches."""
     text = config.text
     rotations = text.max_position_embeddings * text.head_dim * 4
-    # `GridPositions.axis`, and what it is cast to while slices are encoded.
-    positions = 70 * (text.hidden_size // 2) * (4 + itemsize)
+    # Of `GridPositions`.
+    positions = KEPT_POSITIONS * (text.hidden_size // 2) * itemsize
     return rotations + positions

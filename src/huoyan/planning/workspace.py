@@ -219,6 +219,12 @@ def _kept(config: ModelConfig, way: Way, limits: Limits) -> int:
     return values * (2 * way.itemsize + (2 if way.kv8 else 0))
 
 
+def captured_prompts(config: ModelConfig, way: Way, limits: Limits, rows: int) -> int:
+    """What a CUDA graph of whole prompts of `rows` tokens has of its own: embeddings and states lie outside."""
+    inside = _decoder(config, way, replace(limits, tokens=rows, seqs=rows), gathers=False)
+    return inside - rows * config.text.hidden_size * way.itemsize
+
+
 def captured(config: ModelConfig, way: Way, limits: Limits, rows: int) -> int:
     """A decode step of `rows` rows up to the head, as a CUDA graph has it: nothing is gathered, no slots are sent."""
     found = max(
