@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from huoyan.media.picture import Picture
 from huoyan.media.slicing import read_slice_rules
@@ -23,7 +24,7 @@ from huoyan.prompt.messages import MediaPart, Message, TextPart
 from huoyan.prompt.processor import PromptProcessor
 from huoyan_training.example import CHARACTERS, CLASSES, Example, Mark
 from huoyan_training.families import FAMILIES, sample
-from tiny_trainer import drills
+from tiny_trainer import drills, slice_attention
 from tiny_trainer.attention import RowsAttention
 from tiny_trainer.drawing import MARK_CLASSES, Recorder, mixture
 from tiny_trainer.evaluation import evaluate
@@ -316,7 +317,7 @@ def test_a_way_that_fails_or_differs_is_logged_and_left(folder, recorder, monkey
     stepper.cuda, stepper.log = True, lines.append
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(stepper, "_capture", lambda: 1 / 0)
-    monkeypatch.setattr(stepper, "_check_kernels", lambda: None)
+    monkeypatch.setattr(stepper, "_check_kernels", lambda way: None)
     plain, tried = trainer.learn, []
 
     def learn(pool, shape, batch, rates, way):
@@ -545,15 +546,65 @@ def test_schedules():
 def test_gradients_may_differ_by_rounding_but_not_by_a_mistake():
     torch.manual_seed(2)
     right = [torch.randn(40, 30), torch.randn(50), torch.zeros(5)]
-    noisy = [1.3 * g + 0.4 * torch.randn_like(g) for g in right]
+    noisy = [1.05 * g + 0.2 * torch.randn_like(g) for g in right]
     compare_gradients(noisy, right)
     none = torch.zeros(50)
     for wrong in (
         [noisy[0], none, right[2]], [noisy[0], -right[1], right[2]], [-noisy[0], right[1], right[2]],
-        [3 * g for g in right], [g / 3 for g in right],
+        [1.3 * g for g in right], [g / 1.3 for g in right],
     ):  # fmt: skip
         with pytest.raises(RuntimeError, match="gradient"):
             compare_gradients(wrong, right)
+
+
+def loop_over_slices(q, k, v, q_starts, k_starts, longest):
+    """What torch's packed attention computes, in the same precision."""
+    pairs = zip(
+        *(t.tensor_split(s[1:-1].tolist()) for t, s in ((q, q_starts), (k, k_starts), (v, k_starts))),
+        strict=True,
+    )
+    outs = [scaled_dot_product_attention(*(t.transpose(0, 1) for t in own)).transpose(0, 1) for own in pairs]
+    assert max(len(out) for out in outs) <= longest
+    return torch.cat(outs)
+
+
+class LosesTheLast(torch.autograd.Function):
+    """As if the kernel's backward left out the batch's last rows."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.cat((grad[:-3], torch.zeros_like(grad[-3:])))
+
+
+def test_a_mistake_of_packed_attention_is_found_and_rounding_is_not_one(monkeypatch):
+    starts = torch.tensor([0, 5, 6, 100, 388, 400], dtype=torch.int32)
+    sizes = (starts, 400, 8, (4, 72), (2, 32), torch.bfloat16)
+    monkeypatch.setattr(slice_attention, "_packed", loop_over_slices)
+    slice_attention.check(*sizes)
+    for wrong in range(3):
+
+        def mistaken(*given, wrong=wrong):
+            own = [LosesTheLast.apply(t) if i == wrong else t for i, t in enumerate(given[:3])]
+            return loop_over_slices(*own, *given[3:])
+
+        monkeypatch.setattr(slice_attention, "_packed", mistaken)
+        with pytest.raises(AssertionError, match=f"d{'qkv'[wrong]} of attention within"):
+            slice_attention.check(*sizes)
+
+
+def test_the_weights_that_ways_are_compared_with_are_random_and_only_for_that(folder, recorder):
+    trainer = make_trainer(folder, recorder)
+    stepper = staged(trainer, in_pool([recorder.encode(*small_example(1))]))
+    before = [p.detach().clone() for p in trainer.optimizer.parameters]
+    with stepper._random_weights():
+        for a, b in zip(before, trainer.optimizer.parameters, strict=True):
+            assert torch.equal(a, b) != (a.dim() > 1)
+    for a, b in zip(before, trainer.optimizer.parameters, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_trained_heads_teach_from_the_first_step(folder, recorder, trainer, tmp_path, monkeypatch):

@@ -64,3 +64,39 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, k_starts: Tensor,
     out = varlen_attn(q.contiguous(), k.contiguous(), v.contiguous(), q_starts, k_starts, longest, LONGEST)
     assert isinstance(out, Tensor)
     return out
+
+
+def check(
+    starts: Tensor,
+    patches: int,
+    queries: int,
+    within: tuple[int, int],
+    across: tuple[int, int],
+    dtype: torch.dtype,
+) -> None:
+    """AssertionError unless packed attention, forwards and backwards, gives each patch and query of this batch what
+    padded attention gives in float32, but for rounding.
+
+    Args:
+        within, across: (heads, head_dim) of the encoder and of the resampler.
+    """
+    generator = torch.Generator().manual_seed(0)
+    ours, plain = (SliceAttention(starts, patches, queries, packed=packed) for packed in (True, False))
+    for name, (heads, width), asking in (
+        ("within", within, patches),
+        ("across", across, ours.slices * queries),
+    ):
+        given = [
+            torch.randn(count, heads, width, generator=generator).to(starts.device, dtype)
+            for count in (asking, patches, patches, asking)
+        ]
+        results = []
+        for attend, kind in ((plain, torch.float32), (ours, dtype)):
+            q, k, v = own = [t.to(kind).requires_grad_() for t in given[:3]]
+            out = getattr(attend, name)(q, k, v)
+            gradients = torch.autograd.grad(out, own, given[3].to(kind))
+            results.append([t.detach().float().flatten(1) for t in (out, *gradients)])
+        for part, expected, found in zip(("out", "dq", "dk", "dv"), *results, strict=True):
+            size = expected.norm(dim=1)
+            worst = ((found - expected).norm(dim=1) / (size + size.median())).max().item()
+            assert worst < 0.05, f"{part} of attention {name} slices is off by {worst:.3f} of its size"
