@@ -169,8 +169,10 @@ class Run:
         from huoyan.api.options import parse_options
         from huoyan.bench.opened import folder_of
         from huoyan.engine import engine as engine_module
+        from huoyan.engine.driver_limits import limit_cublas
 
         if self.card.cuda:
+            limit_cublas(torch.device("cuda"))
             torch.zeros(1, device="cuda")
             self.note("a context")
         sized = engine_module.size_cache

@@ -24,10 +24,12 @@ def test_add_layer_norm(seed: int, device: torch.device, width: int, has_residua
     x = (torch.randn(rows, width, generator=g) + 5).half().to(device)
     residual = torch.randn(rows, width, generator=g).half().to(device) if has_residual else None
     weight, bias = (torch.randn(width, generator=g).half().to(device) for _ in range(2))
-    given = x.clone()
+    given, given_residual = x.clone(), None if residual is None else residual.float()
     normed, total = add_layer_norm(x, residual, weight, bias, 1e-6)
+    assert total is (x if residual is None else residual)
+    assert (normed is x) == has_residual
     want, want_total = add_layer_norm_reference(
-        given.float(), None if residual is None else residual.float(), weight.float(), bias.float(), 1e-6
+        given.float(), given_residual, weight.float(), bias.float(), 1e-6
     )
     near(normed, want, 2e-3)
     near(total, want_total, 1e-3)

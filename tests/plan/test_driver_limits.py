@@ -1,9 +1,10 @@
-"""The stack limit is lowered where it is the driver's own, and stays in every other case."""
+"""The stack limit and cuBLAS's workspace are made smaller where nobody has set them, and stay in every other case."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 from typing import Any
 
 import pytest
@@ -11,6 +12,9 @@ import torch
 
 from huoyan.engine import driver_limits
 from huoyan.planning import driver
+from huoyan.planning.memory import CUBLAS_OURS, CUBLAS_TORCHS, CUBLAS_VARIABLE, cublas_bytes
+from huoyan.planning.sizes import MIB
+from huoyan.planning.workspace import Way
 
 CUDA = torch.device("cuda")
 
@@ -77,3 +81,19 @@ def test_the_variable(said: str, limit: int | None, monkeypatch: pytest.MonkeyPa
 
 def test_a_cpu_has_none() -> None:
     driver_limits.lower_stack_limit(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("in_use", [True, False])
+def test_cublas_is_told_before_it_is_used_and_a_late_engine_says_what_it_has(
+    in_use: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: in_use)
+    monkeypatch.setenv(CUBLAS_VARIABLE, "")
+    driver_limits.limit_cublas(torch.device("cpu"))
+    assert os.environ[CUBLAS_VARIABLE] == ""
+    driver_limits.limit_cublas(CUDA)
+    assert os.environ[CUBLAS_VARIABLE] == (CUBLAS_TORCHS if in_use else CUBLAS_OURS)
+    assert cublas_bytes(Way(itemsize=2, cuda=True)) == (32 if in_use else 8) * MIB
+    monkeypatch.setenv(CUBLAS_VARIABLE, ":4096:1")
+    driver_limits.limit_cublas(CUDA)
+    assert os.environ[CUBLAS_VARIABLE] == ":4096:1"

@@ -112,7 +112,7 @@ def engine_config(folder: Path, options: EngineOptions) -> EngineConfig:
 def _open_native(folder: Path, frontend: CheckpointFrontend, options: EngineOptions) -> Backend:
     import torch
 
-    from huoyan.engine.driver_limits import lower_stack_limit
+    from huoyan.engine.driver_limits import limit_cublas, lower_stack_limit
     from huoyan.engine.engine import Engine
     from huoyan.engine.segments import close_gaps, let_segments_grow
     from huoyan.engine.sizing import check_before_loading, limit_torch
@@ -126,6 +126,7 @@ def _open_native(folder: Path, frontend: CheckpointFrontend, options: EngineOpti
     checkpoint = open_checkpoint(folder, need_weights=not dummy)
     config = engine_config(folder, options)
     tokenizer = frontend.tokenizer
+    limit_cublas(torch.device(device))
     let_segments_grow(torch.device(device))
     lower_stack_limit(torch.device(device))
     check_before_loading(config, checkpoint, torch.device(device), options.dtype, dummy=dummy)

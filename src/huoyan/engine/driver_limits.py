@@ -1,12 +1,14 @@
-"""The CUDA driver's limit of a thread's stack, lowered: see `huoyan.planning.driver`."""
+"""What the CUDA driver and cuBLAS set aside for themselves, made smaller: see `huoyan.planning`."""
 
 from __future__ import annotations
 
 import ctypes
 import logging
+import os
 from typing import TYPE_CHECKING
 
 from huoyan.planning.driver import DRIVER_STACK_BYTES, stack_limit
+from huoyan.planning.memory import CUBLAS_OURS, CUBLAS_TORCHS, CUBLAS_VARIABLE
 
 if TYPE_CHECKING:
     import torch
@@ -14,6 +16,15 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 _STACK_SIZE = 0
 """CU_LIMIT_STACK_SIZE"""
+
+
+def limit_cublas(device: torch.device) -> None:
+    """Let cuBLAS have less memory for each stream, where nobody has said how much. Torch reads the variable when it
+    multiplies for the first time, so where CUDA is in use already it says what there is, for the plan to count with."""
+    import torch
+
+    if device.type == "cuda" and not os.environ.get(CUBLAS_VARIABLE):
+        os.environ[CUBLAS_VARIABLE] = CUBLAS_TORCHS if torch.cuda.is_initialized() else CUBLAS_OURS
 
 
 def lower_stack_limit(device: torch.device) -> None:

@@ -23,7 +23,14 @@ from huoyan.layers.packed_attention import to_device
 from huoyan.media.originals import LARGEST
 from huoyan.models.patches import normalised_bytes
 from huoyan.models.siglip import PackedGrids
-from huoyan.planning.pieces import BESIDE_PASS, BESIDE_PATCHES, BESIDE_SLICES, PASS_PATCHES, PASS_SLICES
+from huoyan.planning.pieces import (
+    BESIDE_PASS,
+    BESIDE_PATCHES,
+    BESIDE_SLICES,
+    PASS_PATCHES,
+    PASS_SLICES,
+    runs_within,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -189,7 +196,7 @@ class PictureEncoder:
         """Runs (first, last) of as many slices, and patches, as are encoded at once."""
         side = self._model.config.vision.patch_size
         counts = [(piece.shape[0] // side) * (piece.shape[1] // side) for piece in slices]
-        return _runs(counts, min(self._max_slices, PASS_SLICES), self._max_patches)
+        return runs_within(counts, self._max_patches, min(self._max_slices, PASS_SLICES))
 
     def _encode(self, patches: Tensor, grids: list[Grid], aside: bool) -> Tensor:
         """In passes; `aside`: on the stream of its own, to which the graphs belong too."""
@@ -199,7 +206,7 @@ class PictureEncoder:
         slices, most = min(self._max_slices, PASS_SLICES), min(self._max_patches, PASS_PATCHES)
         if aside:
             slices, most = min(slices, BESIDE_SLICES), min(most, BESIDE_PASS)
-        passes = _runs([rows * columns for rows, columns in grids], slices, most)
+        passes = runs_within([rows * columns for rows, columns in grids], most, slices)
         for first, last in passes:
             packed = PackedGrids(grids[first:last])
             some = patches[at : at + sum(packed.lengths)]
@@ -312,21 +319,6 @@ def _within(uploads: list[_Upload], most: int) -> list[list[_Upload]]:
     """Neighbours of one size together, at most `most` bytes unless one alone has more."""
     each = max(1, most // uploads[0].pixels.nbytes)
     return [uploads[i : i + each] for i in range(0, len(uploads), each)]
-
-
-def _runs(counts: Sequence[int], most_slices: int, most_patches: int) -> list[tuple[int, int]]:
-    """Neighbours (first, last) of at most so many slices and patches; one slice may have more. `counts`: patches of
-    each slice."""
-    runs: list[tuple[int, int]] = []
-    room = patches_left = 0
-    for i, patches in enumerate(counts):
-        if not room or patches > patches_left:
-            runs.append((i, i))
-            room, patches_left = most_slices, most_patches
-        runs[-1] = (runs[-1][0], i + 1)
-        room -= 1
-        patches_left -= patches
-    return runs
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

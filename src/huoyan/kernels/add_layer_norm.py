@@ -35,7 +35,7 @@ def _kernel(
     if HAS_RESIDUAL:
         residual = tl.load(residual_ptr + row + column, mask=ok, other=0.0)
         x = (x.to(tl.float32) + residual.to(tl.float32)).to(dtype)
-        tl.store(x_ptr + row + column, x, mask=ok)
+        tl.store(residual_ptr + row + column, x, mask=ok)
     value = x.to(tl.float32)
     centred = tl.where(ok, value - tl.sum(value, axis=0) / width, 0.0)
     scale = tl.rsqrt(tl.sum(centred * centred, axis=0) / width + eps)
@@ -45,9 +45,13 @@ def _kernel(
 def add_layer_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """(layer_norm(x + residual), x + residual) of contiguous x, residual [T, width]. The second is x, written over."""
+    """(layer_norm(x + residual), x + residual) of contiguous x, residual [T, width]: x and residual, written over.
+
+    Without a residual the first is new, and the second is x as it was. An encoder pass so has two tensors that stay
+    where they are from layer to layer, and what else it takes fits between them each time.
+    """
     rows, width = x.shape
-    normed = torch.empty_like(x)
+    normed = x if residual is not None else torch.empty_like(x)
     block = triton.next_power_of_2(width)
     overlap = x.is_cuda and overlaps()
     _kernel[(rows,)](
@@ -55,4 +59,4 @@ def add_layer_norm(
         HAS_RESIDUAL=residual is not None, BLOCK=block, OVERLAP=overlap,
         num_warps=min(8, max(1, block // 512)), **launch_options(overlap),
     )  # fmt: skip
-    return normed, x
+    return normed, x if residual is None else residual

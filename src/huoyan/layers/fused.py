@@ -16,8 +16,8 @@ def add_norm(
     """(norm(x + residual), x + residual) for [T, width]; without a residual the second is x.
 
     On CUDA, before an RMS norm, x may be float32 parts, [S, T, width], whose sum is meant. Before a layer norm the sum
-    is written over x where nothing is to be differentiated: of the encoder's patches there are many. `over`: of an RMS
-    norm of many rows both results may be written over x and residual, which nobody reads again.
+    is written over the residual, and on CUDA the norm over x, where nothing is to be differentiated: of the encoder's
+    patches there are many. `over`: of an RMS norm of many rows the same, where nobody reads x and residual again.
     """
     if _use_kernel(x):
         if isinstance(norm, LayerNorm):
@@ -31,7 +31,7 @@ def add_norm(
     if residual is None:
         return norm(x), x
     in_place = isinstance(norm, LayerNorm) and not torch.is_grad_enabled()
-    total = x.add_(residual) if in_place else x + residual
+    total = residual.add_(x) if in_place else x + residual
     return norm(total), total
 
 

@@ -86,6 +86,16 @@ def reads_few_rows(x: Tensor, width_in: int) -> bool:
     return len(x) <= MAX_ROWS and width_in % BLOCK_K == 0
 
 
+def linear_over(linear: nn.Module, x: Tensor, out: Tensor) -> Tensor:
+    """What a linear map gives for x [T, in]: on CUDA written over `out` [T, out], where nothing is to be
+    differentiated."""
+    bias = linear.bias if isinstance(linear, Linear) else None
+    if bias is None or not x.is_cuda or torch.is_grad_enabled():
+        new: Tensor = linear(x)
+        return new
+    return torch.addmm(bias, x, cast(Linear, linear).weight.t(), out=out)
+
+
 def gelu_of(linear: nn.Module, x: Tensor) -> Tensor:
     """The tanh form of GELU of what a linear map gives for x [T, in]."""
     bias = linear.bias if isinstance(linear, Linear) else None

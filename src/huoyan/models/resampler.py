@@ -13,7 +13,7 @@ from huoyan.layers.packed_attention import packed_attention
 from huoyan.models.config import ModelConfig
 from huoyan.models.patches import Grid
 from huoyan.models.siglip import PackedGrids
-from huoyan.planning.pieces import KEPT_POSITIONS, PROJECTED_PATCHES
+from huoyan.planning.pieces import KEPT_POSITIONS, PROJECTED_PATCHES, RESAMPLED_PATCHES, runs_within
 
 _NORM_EPS = 1e-6
 
@@ -21,7 +21,9 @@ _NORM_EPS = 1e-6
 def sincos_positions(count: int, width: int, first: int = 0) -> Tensor:
     """[count, width]: `[sin(t * w), cos(t * w)]` for t from `first` on, with `w_k = 10000 ** (-k / (width / 2))`."""
     k = torch.arange(width // 2, dtype=torch.float64)
-    angles = torch.outer(torch.arange(first, first + count, dtype=torch.float64), 10000.0 ** (-k / (width / 2)))
+    angles = torch.outer(
+        torch.arange(first, first + count, dtype=torch.float64), 10000.0 ** (-k / (width / 2))
+    )
     return torch.cat((angles.sin(), angles.cos()), dim=1).float()
 
 
@@ -118,8 +120,16 @@ class Resampler(nn.Module):
 
     def forward(self, x: Tensor, grids: Sequence[Grid]) -> Tensor:
         grids = PackedGrids.of(grids)
+        runs = [(0, len(grids))] if torch.is_grad_enabled() else runs_within(grids.lengths, RESAMPLED_PATCHES)
+        if len(runs) == 1:
+            return self._some(x, grids)
+        parts = x.split([sum(grids.lengths[first:last]) for first, last in runs])
+        some = [self._some(part, PackedGrids(grids[a:b])) for part, (a, b) in zip(parts, runs, strict=True)]
+        return torch.cat(some)
+
+    def _some(self, x: Tensor, grids: PackedGrids) -> Tensor:
         values = self.ln_kv(self.kv_proj(x))
-        # Each [P, width] is given up as soon as it is projected: here the encoder takes the most memory.
+        # Each [P, width] is given up as soon as it is projected: of one long slice nothing takes more memory.
         keys = self.attn.project(1, self.positions(grids, x.device, values.dtype).add_(values), over=True)
         values = self.attn.project(2, values, over=True)
         query = self.attn.project(0, self.ln_q(self.query))

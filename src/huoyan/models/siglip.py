@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from huoyan.layers.embedding import embedding
 from huoyan.layers.fused import add_norm
-from huoyan.layers.linear import Linear, gelu_of
+from huoyan.layers.linear import Linear, gelu_of, linear_over
 from huoyan.layers.norm import LayerNorm
 from huoyan.layers.packed_attention import Lengths, packed_attention, to_device
 from huoyan.models.config import VisionConfig
@@ -92,7 +92,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
         q, k, v = self.qkv_proj(x).unflatten(-1, (3, self.heads, -1)).unbind(1)
-        out: Tensor = self.out_proj(packed_attention(q, k, v, lengths, lengths).flatten(1))
+        answers = packed_attention(q, k, v, lengths, lengths).flatten(1)
+        # Given up before their projection is there: this is where the encoder takes the most memory.
+        del q, k, v
+        out: Tensor = self.out_proj(answers)
         return out
 
 
@@ -103,8 +106,8 @@ class MLP(nn.Module):
         self.fc2 = Linear(config.intermediate_size, (config.hidden_size,), bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc2(gelu_of(self.fc1, x))
-        return out
+        """May be written over x."""
+        return linear_over(self.fc2, gelu_of(self.fc1, x), x)
 
 
 class EncoderLayer(nn.Module):

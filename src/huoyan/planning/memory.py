@@ -37,11 +37,15 @@ if TYPE_CHECKING:
     from huoyan.models.config import ModelConfig
     from huoyan.planning.shapes import Shape
 
-CUBLAS = 32 * MIB
-"""cuBLAS's workspace on Hopper, the largest; it keeps one for every stream, and cuBLASLt has the same."""
 CUBLAS_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
-"""Where torch, too, reads how large it is to be: ":KiB:COUNT", once or several times."""
-FRAGMENTS = 16
+"""Where torch reads how large cuBLAS's workspace is to be: ":KiB:COUNT", once or several times. It keeps one for every
+stream, and cuBLASLt has the same."""
+CUBLAS_OURS = ":8192:1"
+"""What an engine lets it have: products of the model's shapes take as long as with Hopper's 32 MiB (with 16 some take
+longer: see benchmarks/NOTES.md)."""
+CUBLAS_TORCHS = ":32768:1"
+"""What it has by itself, at most: on Hopper."""
+FRAGMENTS = 10
 """One part in this many of what comes and goes is lost between tensors of different sizes."""
 
 
@@ -191,8 +195,8 @@ def cublas_bytes(way: Way) -> int:
 
 
 def _cublas_workspace() -> int:
-    said = re.findall(r":(\d+):(\d+)", os.environ.get(CUBLAS_VARIABLE, ""))
-    return sum(int(size) * int(count) for size, count in said) * 1024 if said else CUBLAS
+    said = re.findall(r":(\d+):(\d+)", os.environ.get(CUBLAS_VARIABLE) or CUBLAS_OURS)
+    return sum(int(size) * int(count) for size, count in said) * 1024
 
 
 def _resident(config: ModelConfig, shapes: Mapping[str, Shape], way: Way) -> list[int]:

@@ -1,5 +1,9 @@
 """How much is done at once where a step works in pieces: the engine goes by these, and the plan counts with them."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 MLP_ROWS = 1024
 """Tokens that go through the decoder's MLP at once on a GPU: it is busy with fewer already."""
 UP_ROWS = 768
@@ -34,6 +38,8 @@ PICTURE_SLICES = 64
 """Slices that one picture may have even where the picture cache holds fewer."""
 PROJECTED_PATCHES = 2048
 """Patches whose keys or values the resampler makes at once, over what they are made of."""
+RESAMPLED_PATCHES = 4 * 1056
+"""Patches of whole slices that the resampler looks at together; one slice may have more."""
 KEPT_POSITIONS = 128
 """Rows and columns of a slice whose positions are computed once. A square slice of the published size has 32."""
 PASS_SLICES = 8
@@ -59,6 +65,21 @@ ENCODER_GRAPH_SLICES = 4
 
 
 _TILE = 128
+
+
+def runs_within(counts: Sequence[int], most: int, most_items: int | None = None) -> list[tuple[int, int]]:
+    """Neighbours (first, last) whose counts together are at most `most`, and so many at most; one item may have
+    more."""
+    runs: list[tuple[int, int]] = []
+    room = left = 0
+    for i, count in enumerate(counts):
+        if not room or count > left:
+            runs.append((i, i))
+            room, left = most_items or len(counts), most
+        runs[-1] = (runs[-1][0], i + 1)
+        room -= 1
+        left -= count
+    return runs
 
 
 def dense_rows(out: int, width: int, kernels: bool) -> int:

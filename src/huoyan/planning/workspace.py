@@ -27,6 +27,7 @@ from huoyan.planning.pieces import (
     PASS_SLICES,
     PROJECTED_PATCHES,
     PROMPT_LOGITS,
+    RESAMPLED_PATCHES,
     SORTED_LOGITS,
     UP_ROWS,
     dense_rows,
@@ -145,32 +146,38 @@ def with_encoder_passes(config: ModelConfig, way: Way, limits: Limits, slice_pat
     return replace(limits, encoder_patches=low)
 
 
-def encoder(config: ModelConfig, way: Way, patches: int, slices: int, *, held: bool = True) -> int:
-    """Bytes while `patches` patches of `slices` slices are encoded together. `held`: with the patches themselves."""
+def encoder(
+    config: ModelConfig, way: Way, patches: int, slices: int, *, held: bool = True, largest: int | None = None
+) -> int:
+    """Bytes while `patches` patches of `slices` slices are encoded together. `held`: with the patches themselves;
+    `largest`: patches of the largest slice, where it is known to have fewer than all."""
     vision, width = config.vision, config.text.hidden_size
     e, C, M = way.itemsize, vision.hidden_size, vision.intermediate_size
     pixels = vision.num_channels * vision.patch_size**2
+    own_kernels = way.cuda and way.kernels and way.grouped
     # The patches in the model's dtype stay to the end; on CUDA so do the bytes they were made of.
     own = pixels * (e + 1) if held else 0
     moments = [
         pixels * 4,
         # Embeddings of pixels and of positions, their sum, and which positions.
         3 * C * e + 16,
-        # x, its norm, q k v, the answer, its projection; lse. Off our kernels' way a copy of each, or of the answer.
-        (7 if way.cuda and way.kernels and way.grouped else 9) * C * e + 4 * vision.num_attention_heads,
-        # The layer's x, x after attention, its norm, the MLP's width, written over; its answer.
-        (4 * C + M) * e,
-        # The encoder's last x and its norm; what the resampler makes of them, and its norm.
-        (2 * C + 2 * width) * e,
+        # x, its norm, q k v, the answer; lse. Off our kernels' way a copy of each, or of the answer, its projection.
+        (6 if own_kernels else 9) * C * e + 4 * vision.num_attention_heads,
+        # x, its norm, which the MLP's answer is written over, the MLP's width. Off our kernels' way the layer's x, x
+        # after attention, its norm, the MLP's width, written over; its answer.
+        ((2 if own_kernels else 4) * C + M) * e,
     ]
-    # x; keys and values before or after their projection, some of them in both forms.
-    projecting = (patches * (C + 2 * width) + min(patches, PROJECTED_PATCHES) * width) * e
+    # x; keys and values of some slices before or after their projection, a part of them in both forms.
+    some = patches if largest is None else min(patches, max(RESAMPLED_PATCHES, largest))
+    # Before that the encoder's last x and its norm, what the resampler makes of them, and its norm.
+    resampling = (patches * (1 if own_kernels else 2) * C + some * 2 * width) * e
+    projecting = (patches * C + some * 2 * width + min(some, PROJECTED_PATCHES) * width) * e
     queries = slices * config.query_num
     # x, keys and values; queries, a run's answer, all answers; their projections, norm, and the embeddings before
     # and after they are put in order.
-    answers = patches * (C + 2 * width) * e + queries * (width * e * 4 + 4 * config.resampler_heads)
+    answers = (patches * C + some * 2 * width) * e + queries * (width * e * 4 + 4 * config.resampler_heads)
     tiles = _flash(way, max(vision.head_dim, 128))
-    return patches * own + max(patches * max(moments), projecting, answers) + tiles + MIB // 4
+    return patches * own + max(patches * max(moments), resampling, projecting, answers) + tiles + MIB // 4
 
 
 def _encoder(config: ModelConfig, way: Way, limits: Limits) -> int:
@@ -201,7 +208,8 @@ def _whole_pictures(config: ModelConfig, way: Way, limits: Limits, in_pass: int,
         # Originals, and what they are resized by way of.
         2 * BESIDE_PIXELS,
         # Embeddings of the passes before.
-        embeddings + encoder(config, way, min(in_pass, patches), slices, held=False),
+        embeddings
+        + encoder(config, way, min(in_pass, patches), slices, held=False, largest=min(BESIDE_PASS, in_pass)),
         # Those of all passes, joined, in their order, and each picture's own.
         4 * embeddings,
     ]

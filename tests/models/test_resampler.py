@@ -1,6 +1,8 @@
-"""Positions of patches: what is kept of them, and strips that have more than is kept."""
+"""The resampler: positions of patches, strips that have more than is kept, and slices some at a time."""
 
 from __future__ import annotations
+
+import random
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import torch
 
 from huoyan.models.resampler import GridPositions, sincos_positions
 from huoyan.planning.pieces import KEPT_POSITIONS
+from tests.plan.shapes import random_model
 
 CPU = torch.device("cpu")
 
@@ -42,3 +45,19 @@ def test_what_a_strip_needed_is_not_kept() -> None:
     assert kept == KEPT_POSITIONS * 32 * 4
     # The axis from any place on is a part of the axis from the beginning.
     assert torch.equal(sincos_positions(7, 32, 100), sincos_positions(107, 32)[100:])
+
+
+def test_slices_are_resampled_some_at_a_time_and_it_makes_no_difference(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = random.Random(seed)
+    model = random_model(rng, torch.float32)
+    resampler = model.resampler
+    grids = [(rng.randint(1, 6), rng.randint(1, 9)) for _ in range(rng.randint(4, 9))]
+    patches = sum(rows * columns for rows, columns in grids)
+    x = torch.randn(patches, model.config.vision.hidden_size, generator=torch.Generator().manual_seed(seed))
+    with torch.inference_mode():
+        whole = resampler(x, grids)
+        monkeypatch.setattr("huoyan.models.resampler.RESAMPLED_PATCHES", max(patches // 3, 1))
+        some = resampler(x, grids)
+    torch.testing.assert_close(some, whole, rtol=1e-5, atol=1e-5)
