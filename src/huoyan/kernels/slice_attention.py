@@ -17,12 +17,18 @@ from torch import Tensor
 LOG2_E = 1.4426950408889634
 
 
-def slice_attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+def slice_attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, bias: Tensor | None = None
+) -> Tensor:
     """In plain PyTorch, in float32; see `slice_attention`."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     bounds = cu_seqlens.tolist()
+    added = torch.zeros(3, *q.shape[1:]) if bias is None else bias.float().view(3, *q.shape[1:])
     for first, last in pairwise(bounds):
-        a, b, c = (x[first:last].float().transpose(0, 1) for x in (q, k, v))
+        a, b, c = (
+            (x[first:last].float() + more.to(x.device)).transpose(0, 1)
+            for x, more in zip((q, k, v), added, strict=True)
+        )
         scores = a @ b.transpose(1, 2) / math.sqrt(q.shape[-1])
         out[first:last] = (scores.softmax(-1) @ c).transpose(0, 1).to(q.dtype)
     return out
@@ -66,11 +72,12 @@ def _accumulate(
 
 @triton.jit
 def _kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, cu_ptr, stride, out_stride, scale,
-    HEAD: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, bias_ptr, out_ptr, cu_ptr, stride, out_stride, scale,
+    HAS_BIAS: tl.constexpr, HEAD: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
+    heads = tl.num_programs(1)
     first = tl.load(cu_ptr + tl.program_id(2))
     length = tl.load(cu_ptr + tl.program_id(2) + 1) - first
     begin = tl.program_id(0) * BLOCK_M
@@ -87,6 +94,11 @@ def _kernel(
     at = q_ptr + first * stride + head * HEAD + row[:, None] * stride
     q1 = tl.load(at + wide[None, :], mask=there, other=0.0)
     q2 = tl.load(at + WIDE + rest[None, :], mask=there & in_head, other=0.0)
+    if HAS_BIAS:
+        own = bias_ptr + head * HEAD
+        q1 = (q1.to(tl.float32) + tl.load(own + wide).to(tl.float32)[None, :]).to(q1.dtype)
+        more = tl.load(own + WIDE + rest, mask=WIDE + rest < HEAD, other=0.0).to(tl.float32)
+        q2 = (q2.to(tl.float32) + more[None, :]).to(q2.dtype)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc1 = tl.zeros((BLOCK_M, WIDE), tl.float32)
@@ -102,10 +114,17 @@ def _kernel(
             q1, q2, k_ptr, v_ptr, whole, length, stride, top, total, acc1, acc2, scale,
             HEAD, WIDE, REST, BLOCK_N, False,
         )  # fmt: skip
+    acc1 = acc1 / total[:, None]
+    acc2 = acc2 / total[:, None]
+    if HAS_BIAS:
+        # A key's bias moves all scores of a query alike, and weights sum up to one: a value's bias comes out whole.
+        own = bias_ptr + (2 * heads + head) * HEAD
+        acc1 += tl.load(own + wide).to(tl.float32)[None, :]
+        acc2 += tl.load(own + WIDE + rest, mask=WIDE + rest < HEAD, other=0.0).to(tl.float32)[None, :]
     dtype = out_ptr.dtype.element_ty
     into = out_ptr + first * out_stride + head * HEAD + row[:, None] * out_stride
-    tl.store(into + wide[None, :], (acc1 / total[:, None]).to(dtype), mask=there)
-    tl.store(into + WIDE + rest[None, :], (acc2 / total[:, None]).to(dtype), mask=there & in_head)
+    tl.store(into + wide[None, :], acc1.to(dtype), mask=there)
+    tl.store(into + WIDE + rest[None, :], acc2.to(dtype), mask=there & in_head)
 
 
 def takes(head_dim: int) -> bool:
@@ -115,7 +134,7 @@ def takes(head_dim: int) -> bool:
 
 
 def slice_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int,
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, bias: Tensor | None = None,
     *, block_m: int = 128, block_n: int = 64, warps: int = 4, stages: int = 3,
 ) -> Tensor:  # fmt: skip
     """Attention of each sequence's queries over all of its own keys.
@@ -125,6 +144,7 @@ def slice_attention(
             head_dim as `takes` says.
         cu_seqlens: int32 [sequences + 1], where each sequence begins.
         longest: the length of the longest.
+        bias: [3 * heads * head_dim], still to be added to q, k and v.
         block_m, block_n, warps, stages: how it is cut (searched on an H100, see benchmarks/NOTES.md).
 
     Returns:
@@ -137,7 +157,7 @@ def slice_attention(
     wide = 1 << (head_dim.bit_length() - 1)
     grid = (triton.cdiv(longest, block_m), heads, len(cu_seqlens) - 1)
     _kernel[grid](
-        q, k, v, out, cu_seqlens, q.stride(0), out.stride(0), LOG2_E / math.sqrt(head_dim),
-        HEAD=head_dim, WIDE=wide, REST=16, BLOCK_M=block_m, BLOCK_N=block_n, STAGES=stages, num_warps=warps,
+        q, k, v, out if bias is None else bias, out, cu_seqlens, q.stride(0), out.stride(0), LOG2_E / math.sqrt(head_dim),
+        HAS_BIAS=bias is not None, HEAD=head_dim, WIDE=wide, REST=16, BLOCK_M=block_m, BLOCK_N=block_n, STAGES=stages, num_warps=warps,
     )  # fmt: skip
     return out

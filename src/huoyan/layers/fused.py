@@ -11,23 +11,30 @@ from huoyan.planning.pieces import FEW_ROWS
 
 
 def add_norm(
-    norm: RMSNorm | LayerNorm, x: Tensor, residual: Tensor | None, over: bool = False
+    norm: RMSNorm | LayerNorm,
+    x: Tensor,
+    residual: Tensor | None,
+    over: bool = False,
+    added: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(norm(x + residual), x + residual) for [T, width]; without a residual the second is x.
 
     On CUDA, before an RMS norm, x may be float32 parts, [S, T, width], whose sum is meant. Before a layer norm the sum
     is written over the residual, and on CUDA the norm over x, where nothing is to be differentiated: of the encoder's
     patches there are many. `over`: of an RMS norm of many rows the same, where nobody reads x and residual again.
+    `added`: before a layer norm with a residual, a bias [width] that x still lacks.
     """
     if _use_kernel(x):
         if isinstance(norm, LayerNorm):
             from huoyan.kernels.add_layer_norm import add_layer_norm
 
-            return add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps)
+            return add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps, added)
         from huoyan.kernels.add_rms_norm import add_rms_norm
 
         over = over and x.dim() == 2 and len(x) > FEW_ROWS and not torch.is_grad_enabled()
         return add_rms_norm(x, residual, norm.weight, norm.eps, over=over)
+    if added is not None:
+        x = x + added
     if residual is None:
         return norm(x), x
     in_place = isinstance(norm, LayerNorm) and not torch.is_grad_enabled()

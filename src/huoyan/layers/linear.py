@@ -40,6 +40,19 @@ class Linear(nn.Module):
             return out
         return nn.functional.linear(x, self.weight, self.bias)
 
+    def without_bias(self, x: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """(what `forward` gives for x [T, in] but for the bias, the bias that the reader is to add); or all of it, and
+        None. `out` [T, out] may be written over.
+
+        On CUDA only, where nothing is to be differentiated: torch asks cuBLAS anew for the best way of a product with
+        a bias each time, and that takes the host longer (140 µs) than a GPU needs for the encoder's smaller products.
+        """
+        if self.bias is None or not x.is_cuda or torch.is_grad_enabled():
+            return self(x), None
+        if out is None:
+            return torch.mm(x, self.weight.t()), self.bias
+        return torch.mm(x, self.weight.t(), out=out), self.bias
+
     def padded(self, x: Tensor) -> Tensor:
         """What `forward` gives, in rows that may be wider than it is: see `lay_out_for_cuda`."""
         if self.whole is None:
@@ -84,16 +97,6 @@ def reads_few_rows(x: Tensor, width_in: int) -> bool:
     from huoyan.kernels.dense_matmul import BLOCK_K, MAX_ROWS
 
     return len(x) <= MAX_ROWS and width_in % BLOCK_K == 0
-
-
-def linear_over(linear: nn.Module, x: Tensor, out: Tensor) -> Tensor:
-    """What a linear map gives for x [T, in]: on CUDA written over `out` [T, out], where nothing is to be
-    differentiated."""
-    bias = linear.bias if isinstance(linear, Linear) else None
-    if bias is None or not x.is_cuda or torch.is_grad_enabled():
-        new: Tensor = linear(x)
-        return new
-    return torch.addmm(bias, x, cast(Linear, linear).weight.t(), out=out)
 
 
 def gelu_of(linear: nn.Module, x: Tensor) -> Tensor:

@@ -32,13 +32,19 @@ def to_device(host: Tensor, device: torch.device) -> Tensor:
 
 
 def packed_attention(
-    q: Tensor, k: Tensor, v: Tensor, q_lengths: Sequence[int], k_lengths: Sequence[int]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_lengths: Sequence[int],
+    k_lengths: Sequence[int],
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Full attention of sequence s's queries over sequence s's keys.
 
     Args:
         q: [sum(q_lengths), heads, head_dim]
         k, v: [sum(k_lengths), heads, head_dim]
+        bias: [3 * heads * head_dim], still to be added to q, k and v.
 
     Returns:
         [sum(q_lengths), heads, head_dim]
@@ -47,9 +53,18 @@ def packed_attention(
         if q_lengths is k_lengths and _suits_our_kernel(q, k, v):
             from huoyan.kernels.slice_attention import slice_attention
 
-            return slice_attention(q, k, v, _cumulative(q_lengths, q.device), max(q_lengths))
+            return slice_attention(q, k, v, _cumulative(q_lengths, q.device), max(q_lengths), bias)
+        q, k, v = _with_bias(q, k, v, bias)
         return _varlen(q, k, v, q_lengths, k_lengths)
+    q, k, v = _with_bias(q, k, v, bias)
     return packed_attention_by_runs(q, k, v, q_lengths, k_lengths)
+
+
+def _with_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    if bias is None:
+        return q, k, v
+    own = bias.view(3, *q.shape[1:])
+    return q + own[0], k + own[1], v + own[2]
 
 
 def packed_attention_by_runs(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from huoyan.layers.embedding import embedding
 from huoyan.layers.fused import add_norm
-from huoyan.layers.linear import Linear, gelu_of, linear_over
+from huoyan.layers.linear import Linear, gelu_of
 from huoyan.layers.norm import LayerNorm
 from huoyan.layers.packed_attention import Lengths, packed_attention, to_device
 from huoyan.models.config import VisionConfig
@@ -90,13 +90,14 @@ class Attention(nn.Module):
         self.qkv_proj = Linear(width, (width, width, width), bias=True)
         self.out_proj = Linear(width, (width,), bias=True)
 
-    def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
-        q, k, v = self.qkv_proj(x).unflatten(-1, (3, self.heads, -1)).unbind(1)
-        answers = packed_attention(q, k, v, lengths, lengths).flatten(1)
-        # Given up before their projection is there: this is where the encoder takes the most memory.
-        del q, k, v
-        out: Tensor = self.out_proj(answers)
-        return out
+    def forward(self, x: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        """Returns (what is to be added to the stream, a bias [hidden] that it still lacks)."""
+        qkv, bias = self.qkv_proj.without_bias(x)
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(1)
+        answers = packed_attention(q, k, v, lengths, lengths, bias).flatten(1)
+        # Given up before the answers' projection is there: this is where the encoder takes the most memory.
+        del qkv, q, k, v
+        return self.out_proj.without_bias(answers)
 
 
 class MLP(nn.Module):
@@ -105,9 +106,9 @@ class MLP(nn.Module):
         self.fc1 = Linear(config.hidden_size, (config.intermediate_size,), bias=True)
         self.fc2 = Linear(config.intermediate_size, (config.hidden_size,), bias=True)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """May be written over x."""
-        return linear_over(self.fc2, gelu_of(self.fc1, x), x)
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As `Attention.forward`; may be written over x."""
+        return self.fc2.without_bias(gelu_of(self.fc1, x), x)
 
 
 class EncoderLayer(nn.Module):
@@ -118,11 +119,16 @@ class EncoderLayer(nn.Module):
         self.layer_norm2 = LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, residual: Tensor | None, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Returns (the layer's last addition, the stream it is to be added to): the next norm adds them."""
-        x, residual = add_norm(self.layer_norm1, x, residual)
-        x, residual = add_norm(self.layer_norm2, self.self_attn(x, lengths), residual)
-        return self.mlp(x), residual
+    def forward(
+        self, x: Tensor, bias: Tensor | None, residual: Tensor | None, lengths: Sequence[int]
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Returns (the layer's last addition, a bias that it lacks, the stream it is to be added to): the next norm
+        adds them."""
+        x, residual = add_norm(self.layer_norm1, x, residual, added=bias)
+        x, bias = self.self_attn(x, lengths)
+        x, residual = add_norm(self.layer_norm2, x, residual, added=bias)
+        x, bias = self.mlp(x)
+        return x, bias, residual
 
 
 class Encoder(nn.Module):
@@ -143,7 +149,8 @@ class SiglipEncoder(nn.Module):
     def forward(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
         grids = PackedGrids.of(grids)
         x = self.embeddings(patches, grids)
+        bias: Tensor | None = None
         residual: Tensor | None = None
         for layer in self.encoder.layers:
-            x, residual = layer(x, residual, grids.lengths)
-        return add_norm(self.post_layernorm, x, residual)[0]
+            x, bias, residual = layer(x, bias, residual, grids.lengths)
+        return add_norm(self.post_layernorm, x, residual, added=bias)[0]
