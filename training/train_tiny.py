@@ -155,6 +155,7 @@ def run(a: argparse.Namespace) -> None:
             seed=a.seed,
             matrix_lr=a.matrix_lr,
             adam_lr=a.adam_lr,
+            four_bits=a.four_bits_from < 1,
             init=a.init,
         )
         first = a.first or 0.0
@@ -169,7 +170,7 @@ def run(a: argparse.Namespace) -> None:
         loop = Loop(
             trainer, stepper, trainer.packer(shape), workers, pool, builder, glance, base,
             tokenizer_folder=tokenizer_folder, out=a.out, keep=a.keep, log=log, auxiliary=a.auxiliary,
-            heads_know=a.resume is not None,
+            heads_know=a.resume is not None, four_bits_from=a.four_bits_from,
         )  # fmt: skip
         loop.fill(16 * batch if a.workers else 8, timeout=120)
         loop.stage(base)

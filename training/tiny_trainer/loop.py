@@ -107,6 +107,7 @@ class Loop:
     reached: float = 0.0
     auxiliary: float = 1.0
     heads_know: bool = False
+    four_bits_from: float = 1.0
     most: int = 1024
     waiting: deque[Kept] = field(default_factory=deque)
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -200,6 +201,7 @@ class Loop:
                     auxiliary=self.auxiliary
                     * schedule.auxiliary_scale(progress)
                     * (1.0 if self.heads_know else schedule.head_start(self.steps)),
+                    rounded=float(schedule.in_four_bits(self.steps, progress, self.four_bits_from)),
                 )
                 self.steps += 1
                 self.examples += self.packer.examples

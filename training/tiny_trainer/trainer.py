@@ -40,6 +40,7 @@ class Trainer:
         seed: int,
         matrix_lr: float,
         adam_lr: float,
+        four_bits: bool = False,
         init: Path | None = None,
     ) -> None:
         torch.manual_seed(seed)
@@ -62,7 +63,9 @@ class Trainer:
         # The masters are made from the float32 weights, before those are rounded to `dtype`.
         self.model.to(device).requires_grad_(True).train()
         self.heads.to(device)
-        self.optimizer = Optimizer(_named(self.model, self.heads), matrix_lr=matrix_lr, adam_lr=adam_lr)
+        self.optimizer = Optimizer(
+            _named(self.model, self.heads), matrix_lr=matrix_lr, adam_lr=adam_lr, four_bits=four_bits
+        )
         for p in (*self.model.parameters(), *self.heads.parameters()):
             p.data = p.data.to(dtype)
         side = self.model.vpm.embeddings.side
