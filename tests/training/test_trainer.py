@@ -392,6 +392,7 @@ def test_a_fixed_batch_is_learned_and_the_export_answers_the_same(folder, record
     size = sum(file.stat().st_size for file in (tmp_path / "checkpoint").iterdir())
     assert size < 16e6
     continued = make_trainer(folder, recorder, init=tmp_path / "checkpoint")
+    assert continued.heads_know > trainer.heads_know
     assert torch.equal(continued.model.resampler.proj, again.resampler.proj)
     assert torch.equal(continued.heads.read.weight, trainer.heads.read.weight.to(torch.bfloat16).float())
 

@@ -143,6 +143,7 @@ class Loop:
         save_state(self.trainer.optimizer, self.out, self.reached)
         if self.keep is not None:
             pack(folder, self.keep / "checkpoint.tar")
+            self.trainer.save_heads(self.keep)
             save_state(self.trainer.optimizer, self.keep, self.reached)
 
     def fill(self, examples: int, timeout: float) -> None:
