@@ -49,11 +49,17 @@ def parse_arguments() -> argparse.Namespace:
     )
     p.add_argument("--tokenizer", type=Path, help="folder with a tokenizer made before (saves its making)")
     p.add_argument(
-        "--keep", type=Path, help="also keep checkpoint.tar, eval.json and log.txt here, all along"
+        "--keep", type=Path, help="also keep checkpoint.tar, the heads, eval.json and log.txt here, all along"
     )
     p.add_argument("--batch", type=int, help="examples a step, about (default 160 on cuda, 8 on the CPU)")
     p.add_argument("--matrix-lr", type=float, default=4e-3, help="Muon's learning rate")
     p.add_argument("--adam-lr", type=float, default=1.2e-3, help="AdamW's learning rate")
+    p.add_argument(
+        "--four-bits-from",
+        type=float,
+        default=1.0,
+        help="progress from which every other step sees the decoder as int4 will have it (default: never)",
+    )
     p.add_argument(
         "--pool-gb", type=float, help="device memory for drawn examples (default: 40 % on cuda, 1)"
     )
@@ -155,6 +161,7 @@ def run(a: argparse.Namespace) -> None:
             seed=a.seed,
             matrix_lr=a.matrix_lr,
             adam_lr=a.adam_lr,
+            four_bits=a.four_bits_from < 1,
             init=a.init,
         )
         first = a.first or 0.0
@@ -169,7 +176,7 @@ def run(a: argparse.Namespace) -> None:
         loop = Loop(
             trainer, stepper, trainer.packer(shape), workers, pool, builder, glance, base,
             tokenizer_folder=tokenizer_folder, out=a.out, keep=a.keep, log=log, auxiliary=a.auxiliary,
-            heads_know=a.resume is not None,
+            heads_know=a.resume is not None or trainer.heads_know, four_bits_from=a.four_bits_from,
         )  # fmt: skip
         loop.fill(16 * batch if a.workers else 8, timeout=120)
         loop.stage(base)

@@ -46,6 +46,12 @@ def printed(example: Example) -> str:
     return "".join(CLASSES[m.kind] for m in example.marks[0] if CLASSES[m.kind] in CHARACTERS)
 
 
+def read(example: Example) -> list[str]:
+    """What the answers to questions about print say, each word once."""
+    words = (re.fullmatch(r'It says "(\w+)"\.|上面写着“(\w+)”。', answer) for _, answer in example.turns)
+    return list(dict.fromkeys(m[1] or m[2] for m in words if m))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_same_seed_same_example(family: str, seed: int) -> None:
     for split in SPLITS:
@@ -149,8 +155,7 @@ def test_compositions_are_held_out(seed: int) -> None:
 def test_words_keep_to_their_split(split: str, seed: int) -> None:
     for family in ("word", "slice"):
         for example in examples(seed, family, split, 20 if family == "word" else 3):
-            if text := printed(example):
-                assert word_split(text) == split
+            assert all(word_split(text) == split for text in read(example))
 
 
 def test_unseen_tables() -> None:
@@ -259,10 +264,37 @@ def test_existence_agrees_with_the_marks(seed: int) -> None:
 def test_printed_words_are_the_answer(seed: int) -> None:
     for family in ("word", "slice"):
         for example in examples(seed, family, "train", 40 if family == "word" else 4):
-            text = printed(example)
-            for (_, answer), task in zip(example.turns, example.tasks, strict=True):
-                if text and task in ("word", "slice"):
-                    assert answer in (f'It says "{text}".', f"上面写着“{text}”。")
+            if family == "word":
+                assert all(
+                    '"' in a or "“" in a
+                    for (_, a), t in zip(example.turns, example.tasks, strict=True)
+                    if t == family
+                )
+            # Training pictures may have several signs, which are asked for in the order they are painted in.
+            assert "".join(read(example)) == printed(example)
+
+
+def test_training_prints_several_words_and_asks_for_each_by_its_place(seed: int) -> None:
+    found = {}
+    for split in ("train", "heldout"):
+        found[split] = [
+            len({a for (_, a), task in zip(e.turns, e.tasks, strict=True) if task == "word" and '"' in a})
+            for e in examples(seed, "word", split, 40)
+        ]
+    assert 3 <= sum(n > 1 for n in found["train"]) <= 25
+    assert max(found["heldout"]) == 1
+
+
+def test_training_asks_of_each_thing_whether_it_changed(seed: int) -> None:
+    same = Counter[bool]()
+    for example in examples(seed, "two", "train", 120):
+        for question, answer in example.turns:
+            if re.search("has changed about|Did .* change", question):
+                same["not changed" in answer] += 1
+                assert "changed" in answer or " moved from " in answer
+    assert min(same[True], same[False]) > 3
+    heldout = examples(seed, "two", "heldout", 20)
+    assert not any("not changed" in answer for example in heldout for _, answer in example.turns)
 
 
 def test_letters_are_legible(seed: int) -> None:

@@ -22,6 +22,7 @@ from huoyan.models.siglip import position_ids
 from huoyan.models.weights import load_model, published_state
 from huoyan.prompt.messages import MediaPart, Message, TextPart
 from huoyan.prompt.processor import PromptProcessor
+from huoyan.quantize.rounding import fake_quantize
 from huoyan_training.example import CHARACTERS, CLASSES, Example, Mark
 from huoyan_training.families import FAMILIES, sample
 from tiny_trainer import drills, slice_attention
@@ -37,7 +38,7 @@ from tiny_trainer.losses import PLAIN, compute_losses, see
 from tiny_trainer.optimizer import orthogonalise
 from tiny_trainer.pictures import CHANNELS, paint
 from tiny_trainer.pool import Pool
-from tiny_trainer.schedule import family_weights, learning_rate_scale
+from tiny_trainer.schedule import family_weights, in_four_bits, learning_rate_scale
 from tiny_trainer.scoring import exact, facts, score
 from tiny_trainer.sequences import SequenceBuilder
 from tiny_trainer.shape import write_configs
@@ -391,6 +392,7 @@ def test_a_fixed_batch_is_learned_and_the_export_answers_the_same(folder, record
     size = sum(file.stat().st_size for file in (tmp_path / "checkpoint").iterdir())
     assert size < 16e6
     continued = make_trainer(folder, recorder, init=tmp_path / "checkpoint")
+    assert continued.heads_know > trainer.heads_know
     assert torch.equal(continued.model.resampler.proj, again.resampler.proj)
     assert torch.equal(continued.heads.read.weight, trainer.heads.read.weight.to(torch.bfloat16).float())
 
@@ -525,6 +527,28 @@ def test_orthogonalise_flattens_singular_values():
         values = torch.linalg.svdvals(orthogonalise(torch.randn(shape, generator=g)))
         assert values.min() > 0.4
         assert values.max() < 1.4
+
+
+def test_a_step_may_see_the_decoder_in_four_bits(folder, recorder):
+    """The step after it has the exact weights again, which moved by the gradient of the rounded ones."""
+    pool = in_pool([recorder.encode(*small_example(1))])
+    for known in (False, True):
+        trainer = make_trainer(folder, recorder, four_bits=known)
+        stepper = staged(trainer, pool)
+        named = dict(trainer.model.named_parameters())
+        inside = {name for name, p in named.items() if "llm.model.layers" in name and p.dim() == 2}
+        masters = dict(zip(named, trainer.optimizer.masters, strict=False))
+        for rounded in (1.0, 0.0, 1.0):
+            before = {name: m.clone() for name, m in masters.items()}
+            stepper.step(scale=1.0, auxiliary=1.0, rounded=rounded)
+            fill(trainer, stepper, pool)
+            for name, p in named.items():
+                four = known and rounded == 1.0 and name in inside
+                assert not torch.equal(masters[name], before[name])
+                assert torch.equal(p, fake_quantize(masters[name], 64) if four else masters[name])
+    assert in_four_bits(3, 0.8, 0.75)
+    assert not any(in_four_bits(step, 0.5, 0.75) or in_four_bits(2 * step, 1.0, 0.0) for step in range(4))
+    assert not in_four_bits(3, 0.999, 1.0)
 
 
 def test_schedules():

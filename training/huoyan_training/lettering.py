@@ -118,6 +118,18 @@ def choose_word(dice: Random, split: str, most: int = 6) -> str:
             return word
 
 
+_NARROW = set("IJijlrtf1")
+
+
+def hard_word(dice: Random) -> str:
+    """Of the training's words one that is read wrongly more often than others: longer, with narrow characters."""
+    words = [choose_word(dice, "train") for _ in range(3)]
+    return max(
+        words,
+        key=lambda word: len(word) + 1.5 * sum(c in _NARROW for c in word) - 3 * (word.lower() in WORDS),
+    )
+
+
 def measure(sign: Sign) -> float:
     """Width of the printed text in pixels."""
     size = font_size(sign.font, sign.height)

@@ -132,15 +132,21 @@ def _strange(group: Group, split: str) -> bool:
     return (split == "unseen") == unseen_pair(group.kind, group.colour, group.count)
 
 
+CHANGES = ("added", "removed", "recoloured", "moved", "nothing")
+CHANGE_SHARES, CHANGE_LESSONS = (25, 25, 20, 20, 10), (15, 15, 30, 26, 14)
+"""As they are asked, and as they are taught: another colour and another place are seen last."""
+
+
 def changed_pair(dice: Random, split: str) -> tuple[Scene, Scene, str, int]:
     """Before, after, the name of the change and the index of the changed group."""
+    shares = CHANGE_LESSONS if split == "train" else CHANGE_SHARES
     while True:
         full = draw_scene(dice, split, 3, small_size(dice))
         index = 0 if split == "unseen" else dice.randrange(len(full.groups))
         g = full.groups[index]
         if not _strange(g, split):
             continue
-        change = dice.choices(("added", "removed", "recoloured", "moved", "nothing"), (25, 25, 20, 20, 10))[0]
+        change = dice.choices(CHANGES, shares)[0]
         if change in ("added", "removed"):
             if len(full.groups) < 2 and dice.random() < 0.7:
                 continue
@@ -192,7 +198,37 @@ def change_turns(dice: Random, before: Scene, after: Scene, change: str, index: 
     return turns
 
 
-def more_turns(dice: Random, scenes: list[Scene]) -> list[Turn]:
+def same_turns(dice: Random, before: Scene, after: Scene, change: str, index: int) -> list[Turn]:
+    """For training: of each thing that is in both pictures, whether it is another now. What changed is found by
+    comparing them all; of a crowd that one question teaches little about the others."""
+    if change == "recoloured":
+        fixed = [(k, g) for k, g in enumerate(before.groups) if len(before.of_kind(g.kind)) == 1]
+    else:
+        fixed = [(k, g) for k, g in enumerate(before.groups) if change != "removed" or k != index]
+    turns: list[Turn] = []
+    for k, g in fixed:
+        alone = len(before.of_kind(g.kind)) == len(after.of_kind(g.kind)) == 1
+        colour = None if alone else g.colour
+        if k == index and change in ("recoloured", "moved"):
+            answers = {lang: say_change(change, before, after, index, lang) for lang in LANGUAGES}
+        else:
+            have = "has" if g.count == 1 else "have"
+            answers = {
+                "zh": f"{the(g.kind, colour, g.count, 'zh')}没有变化。",
+                "en": f"{capital(the(g.kind, colour, g.count, 'en'))} {have} not changed.",
+            }
+        lang = dice.choice(LANGUAGES)
+        name = the(g.kind, colour, g.count, lang)
+        questions = (
+            [f"{name}有什么变化？", f"{name}有变化吗？"]
+            if lang == "zh"
+            else [f"What has changed about {name}?", f"Did {name} change?"]
+        )
+        turns.append(turn("two", lang, (questions, answers[lang]), dice))
+    return turns
+
+
+def more_turns(dice: Random, scenes: list[Scene], most: int = 6) -> list[Turn]:
     """Further questions about several pictures, for training: which shows a thing, how many are in one."""
     turns: list[Turn] = []
     task = "two" if len(scenes) == 2 else "three"
@@ -208,7 +244,7 @@ def more_turns(dice: Random, scenes: list[Scene]) -> list[Turn]:
             count = scene.total(g.kind)
             if count <= 5:
                 turns.append(turn(task, lang, ask_count_in(g.kind, count, which, lang), dice))
-    return dice.sample(turns, min(6, len(turns)))
+    return dice.sample(turns, min(most, len(turns)))
 
 
 def ask_content(scene: Scene, which: int, lang: str) -> Said:
@@ -340,7 +376,8 @@ def finish(scenes: list[Scene], turns: list[Turn], split: str) -> Made:
 
 
 def two_example(dice: Random, split: str) -> Made:
-    if dice.random() < 0.45:
+    # What changed is learned later than what is more.
+    if dice.random() < (0.25 if split == "train" else 0.45):
         return more_example(dice, split)
     while True:
         before, after, change, index = changed_pair(dice, split)
@@ -348,7 +385,8 @@ def two_example(dice: Random, split: str) -> Made:
             break
     turns = change_turns(dice, before, after, change, index)
     if split == "train":
-        turns += more_turns(dice, [before, after])
+        turns += same_turns(dice, before, after, change, index)
+        turns += more_turns(dice, [before, after], 2)
     return finish([before, after], turns, split)
 
 

@@ -8,10 +8,10 @@ from random import Random
 
 import numpy as np
 
-from .language import LANGUAGES, some, vary
-from .lettering import FONT_FILES, INKS, choose_word, measure
+from .language import LANGUAGES, place, some, vary
+from .lettering import FONT_FILES, INKS, choose_word, hard_word, measure
 from .painter import paint
-from .questions import Made, Turn, ask, ask_several
+from .questions import Made, Turn, ask, ask_several, quoted
 from .scene import (
     Group,
     NoRoom,
@@ -47,8 +47,9 @@ def new_sign(dice: Random, backdrop: str, text: str) -> Sign:
     return Sign(text, 0, 0, 10, board, dice.randrange(1 << 30), font, angle, ink)
 
 
-def fit_sign(sign: Sign, scene: Scene, dice: Random, low: float) -> None:
-    """Gives the sign a height of `low` pixels or more and a place inside the picture. Raises NoRoom."""
+def fit_sign(sign: Sign, scene: Scene, dice: Random, low: float, small: float = 1.4) -> None:
+    """Gives the sign a height of `low` pixels or more, the nearer to that the greater `small` is, and a place inside
+    the picture. Raises NoRoom."""
     across = measure(replace(sign, height=100)) / 100
     extra = 1.3 if sign.board else 0.4
     most = min(
@@ -58,7 +59,7 @@ def fit_sign(sign: Sign, scene: Scene, dice: Random, low: float) -> None:
     )
     if most < low:
         raise NoRoom
-    sign.height = low * (most / low) ** (dice.random() ** 1.4)
+    sign.height = low * (most / low) ** (dice.random() ** small)
     sign.width = measure(sign)
     half_w, half_h = sign.width / 2 + extra / 2 * sign.height, (1.2 if sign.board else 0.85) * sign.height
     if sign.angle:
@@ -69,13 +70,59 @@ def fit_sign(sign: Sign, scene: Scene, dice: Random, low: float) -> None:
     sign.y = dice.uniform(half_h, scene.height - half_h)
 
 
+def several_signs(dice: Random) -> Made:
+    """For training: two to four small signs one below the other, each asked for by its place."""
+    while True:
+        width, height = picture_size(dice, False)
+        scene = Scene(width, height, choose_backdrop(dice), dice.randrange(1 << 30))
+        heights = dice.choice((("top", "bottom"), ("top", "middle", "bottom"), ("top", "middle", "bottom")))
+        wide = width > 1.5 * height and dice.random() < 0.5
+        cells = [(row, side) for row in heights for side in (("left", "right") if wide else ("",))]
+        scene.signs = []
+        try:
+            for row, side in cells:
+                band = replace(
+                    scene, width=scene.width // (2 if side else 1), height=scene.height // len(heights)
+                )
+                word = hard_word(dice) if dice.random() < 0.6 else choose_word(dice, "train")
+                sign = new_sign(dice, scene.backdrop, word)
+                fit_sign(sign, band, dice, 13.5 * scene.unit, 2.0)
+                sign.x += band.width * (side == "right")
+                sign.y += band.height * heights.index(row)
+                scene.signs.append(sign)
+        except NoRoom:
+            continue
+        if len({sign.text for sign in scene.signs}) == len(cells):
+            break
+    turns: list[Turn] = []
+    for (row, side), sign in zip(cells, scene.signs, strict=True):
+        name = "left" if row == "middle" and side == "left" else "right" if row == "middle" and side else ""
+        name = name or f"{row} {side}".strip()
+        languages = LANGUAGES if len(cells) < 4 else (dice.choice(LANGUAGES),)
+        for lang in languages:
+            where = place(name, lang)
+            asked = (
+                (f"{where}写着什么？", f"{where}的文字是什么？")
+                if lang == "zh"
+                else (f"What is written {where}?", f"What does it say {where}?")
+            )
+            turns.append(("word", lang, vary(dice.choice(asked), lang, dice), quoted(sign.text, lang)))
+    picture, marks = paint(scene)
+    return Made([picture], turns, [marks], unseen=False)
+
+
 def word_example(dice: Random, split: str) -> Made:
+    lesson = split == "train"
+    if lesson and dice.random() < 0.3:
+        return several_signs(dice)
+    # Small print and narrow letters are read last: they are taught more often than they are asked.
+    hard = lesson and dice.random() < 0.5
     while True:
         width, height = picture_size(dice, dice.random() < 0.06)
         scene = Scene(width, height, choose_backdrop(dice), dice.randrange(1 << 30))
-        sign = new_sign(dice, scene.backdrop, choose_word(dice, split))
+        sign = new_sign(dice, scene.backdrop, hard_word(dice) if hard else choose_word(dice, split))
         try:
-            fit_sign(sign, scene, dice, 13.5 * scene.unit)
+            fit_sign(sign, scene, dice, 13.5 * scene.unit, 3.0 if hard else 1.4)
             scene.signs = [sign]
             if dice.random() < 0.3:
                 groups = [g for g in choose_groups(scene, dice, "train", 2) if g[2] == 1]

@@ -107,6 +107,7 @@ class Loop:
     reached: float = 0.0
     auxiliary: float = 1.0
     heads_know: bool = False
+    four_bits_from: float = 1.0
     most: int = 1024
     waiting: deque[Kept] = field(default_factory=deque)
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -142,6 +143,7 @@ class Loop:
         save_state(self.trainer.optimizer, self.out, self.reached)
         if self.keep is not None:
             pack(folder, self.keep / "checkpoint.tar")
+            self.trainer.save_heads(self.keep)
             save_state(self.trainer.optimizer, self.keep, self.reached)
 
     def fill(self, examples: int, timeout: float) -> None:
@@ -200,6 +202,7 @@ class Loop:
                     auxiliary=self.auxiliary
                     * schedule.auxiliary_scale(progress)
                     * (1.0 if self.heads_know else schedule.head_start(self.steps)),
+                    rounded=float(schedule.in_four_bits(self.steps, progress, self.four_bits_from)),
                 )
                 self.steps += 1
                 self.examples += self.packer.examples

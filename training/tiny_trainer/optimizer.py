@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from huoyan.quantize.rounding import fake_quantize
+
 _ADAM_NAMES = ("embed_tokens", "lm_head", "position_embedding", "query", "heads.")
 
 
@@ -31,9 +33,13 @@ def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
     return (x.mT if tall else x).to(g.dtype)
 
 
-RATES = ("matrix", "adam", "second", "average")
+RATES = ("matrix", "adam", "second", "average", "rounded")
 """Of `Optimizer.rates`: Muon's rate, Adam's with its correction, the correction of Adam's second moment (to
-multiply its root by), how far the average moves."""
+multiply its root by), how far the average moves, 1 where the next step sees the decoder in four bits."""
+
+_IN_FOUR_BITS = "llm.model.layers."
+_GROUP_SIZE = 64
+"""As `make_tiny_int4` has it."""
 
 
 class Optimizer:
@@ -53,6 +59,7 @@ class Optimizer:
         betas: tuple[float, float] = (0.9, 0.98),
         average_decay: float = 0.998,
         clip: float = 1.0,
+        four_bits: bool = False,
     ) -> None:
         self.parameters = [p for _, p, _ in named]
         self.masters = [p.detach().float().clone() for p in self.parameters]
@@ -72,11 +79,13 @@ class Optimizer:
                 self.matrix.append(i)
             else:
                 self.adam.append(i)
+        # Gradients of the rounded weights move the exact ones, whose average is what is kept.
+        self.rounded = [i for i in self.matrix if four_bits and named[i][0].startswith(_IN_FOUR_BITS)]
         self.buffers = {i: torch.zeros_like(self.masters[i]) for i in self.matrix}
         self.first = [torch.zeros_like(self.masters[i]) for i in self.adam]
         self.second = [torch.zeros_like(self.masters[i]) for i in self.adam]
 
-    def rates(self, step: int, scale: float) -> list[float]:
+    def rates(self, step: int, scale: float, rounded: float = 0.0) -> list[float]:
         """RATES of step number `step` (from 1) at `scale` times the learning rates; 0 changes nothing."""
         beta1, beta2 = self.betas
         return [
@@ -85,12 +94,13 @@ class Optimizer:
             (1 - beta2**step) ** -0.5,
             # A short memory at first: the first averages would otherwise be of what training started from.
             1 - min(self.average_decay, step / (step + 9)),
+            rounded,
         ]
 
     @torch.no_grad()
     def step(self, rates: Tensor) -> Tensor:
         """One update by `rates`, float32 [len(RATES)]. Returns the gradient's norm, unclipped."""
-        matrix, adam, second, average = rates.unbind()
+        matrix, adam, second, average, rounded = rates.unbind()
         grads = [
             torch.zeros_like(m) if p.grad is None else p.grad.float()
             for p, m in zip(self.parameters, self.masters, strict=True)
@@ -105,6 +115,9 @@ class Optimizer:
         torch._foreach_mul_(ahead, average)
         torch._foreach_add_(self.averages, ahead)
         self.show_masters()
+        for i in self.rounded:
+            exact = self.masters[i]
+            self.parameters[i].data.copy_(torch.lerp(exact, fake_quantize(exact, _GROUP_SIZE), rounded))
         return norm
 
     def _adam_step(self, grads: list[Tensor], rate: Tensor, correction: Tensor) -> None:

@@ -28,6 +28,12 @@ def auxiliary_scale(progress: float) -> float:
     return max(0.05, 1.0 - progress / 0.8)
 
 
+def in_four_bits(step: int, progress: float, start: float) -> bool:
+    """Whether a step sees the decoder as int4 will have it: every other one from progress `start` on, so that answers
+    are learned that do not hang on the last bits, and those with all bits are not forgotten."""
+    return progress >= start and step % 2 == 1
+
+
 def family_weights(
     base: Mapping[str, float], accuracy: Mapping[str, float], progress: float
 ) -> dict[str, float]:

@@ -62,9 +62,10 @@ class Stepper:
         """Memory for the next batch, [shape.numbers]."""
         return self.stages[self.count % _STAGES].numpy()[: self.shape.numbers]
 
-    def step(self, *, scale: float, auxiliary: float) -> None:
-        """Learn from what `stage` was filled with, at `scale` times the learning rates."""
-        self._send(scale, auxiliary)
+    def step(self, *, scale: float, auxiliary: float, rounded: float = 0.0) -> None:
+        """Learn from what `stage` was filled with, at `scale` times the learning rates; with `rounded` the next step
+        sees the decoder's weights in four bits."""
+        self._send(scale, auxiliary, rounded)
         self.count += 1
         if self.graph is not None:
             self.graph.replay()
@@ -77,9 +78,9 @@ class Stepper:
             if len(self._running) > _AHEAD:
                 self._running.pop(0).synchronize()
 
-    def _send(self, scale: float, auxiliary: float) -> None:
+    def _send(self, scale: float, auxiliary: float, rounded: float = 0.0) -> None:
         stage = self.stages[self.count % _STAGES]
-        rates = [*self.trainer.optimizer.rates(self.count + 1, scale), auxiliary]
+        rates = [*self.trainer.optimizer.rates(self.count + 1, scale, rounded), auxiliary]
         stage[self.shape.numbers :].view(torch.float32).numpy()[:] = rates
         self.inputs.copy_(stage, non_blocking=True)
 

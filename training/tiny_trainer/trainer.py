@@ -40,6 +40,7 @@ class Trainer:
         seed: int,
         matrix_lr: float,
         adam_lr: float,
+        four_bits: bool = False,
         init: Path | None = None,
     ) -> None:
         torch.manual_seed(seed)
@@ -55,14 +56,17 @@ class Trainer:
             self.model = load_model(open_checkpoint(init), device="cpu", dtype=torch.float32)
             config = self.model.config
         self.heads = AuxiliaryHeads(config.vision.hidden_size, config.text.hidden_size, classes)
-        for folder in (init, init.parent) if init is not None else ():
-            if (folder / HEADS_FILE).exists():
-                load_heads(self.heads, folder / HEADS_FILE)
-                break
+        beside = [folder / HEADS_FILE for folder in ((init, init.parent) if init is not None else ())]
+        known = next((file for file in beside if file.exists()), None)
+        self.heads_know = known is not None
+        if known is not None:
+            load_heads(self.heads, known)
         # The masters are made from the float32 weights, before those are rounded to `dtype`.
         self.model.to(device).requires_grad_(True).train()
         self.heads.to(device)
-        self.optimizer = Optimizer(_named(self.model, self.heads), matrix_lr=matrix_lr, adam_lr=adam_lr)
+        self.optimizer = Optimizer(
+            _named(self.model, self.heads), matrix_lr=matrix_lr, adam_lr=adam_lr, four_bits=four_bits
+        )
         for p in (*self.model.parameters(), *self.heads.parameters()):
             p.data = p.data.to(dtype)
         side = self.model.vpm.embeddings.side
