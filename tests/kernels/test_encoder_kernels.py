@@ -25,11 +25,17 @@ def test_add_layer_norm(seed: int, device: torch.device, width: int, has_residua
     residual = torch.randn(rows, width, generator=g).half().to(device) if has_residual else None
     weight, bias = (torch.randn(width, generator=g).half().to(device) for _ in range(2))
     given, given_residual = x.clone(), None if residual is None else residual.float()
-    normed, total = add_layer_norm(x, residual, weight, bias, 1e-6)
+    added = torch.randn(width, generator=g).half().to(device) if has_residual and seed % 2 else None
+    normed, total = add_layer_norm(x, residual, weight, bias, 1e-6, added)
     assert total is (x if residual is None else residual)
     assert (normed is x) == has_residual
     want, want_total = add_layer_norm_reference(
-        given.float(), given_residual, weight.float(), bias.float(), 1e-6
+        given.float(),
+        given_residual,
+        weight.float(),
+        bias.float(),
+        1e-6,
+        None if added is None else added.float(),
     )
     near(normed, want, 2e-3)
     near(total, want_total, 1e-3)
@@ -46,6 +52,9 @@ def test_slice_attention(seed: int, device: torch.device, heads: int, dim: int) 
     assert takes(dim)
     got = slice_attention(q, k, v, cu, max(lengths))
     near(got, slice_attention_reference(q, k, v, cu), 3e-3)
+    bias = torch.randn(3 * heads * dim, generator=g).half().to(device)
+    got = slice_attention(q, k, v, cu, max(lengths), bias)
+    near(got, slice_attention_reference(q, k, v, cu, bias), 3e-3)
 
 
 def test_heads_that_it_does_not_take() -> None:

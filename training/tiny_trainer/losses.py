@@ -64,7 +64,7 @@ def see(
         attention = layer.self_attn
         q, k, v = attention.qkv_proj(layer.layer_norm1(x)).unflatten(-1, (3, attention.heads, -1)).unbind(1)
         x = x + attention.out_proj(attend.within(q, k, v).flatten(1))
-        x = x + layer.mlp(layer.layer_norm2(x))
+        x = x + layer.mlp(layer.layer_norm2(x))[0]
     seen = model.vpm.post_layernorm(x)
     resampler = model.resampler
     values = resampler.ln_kv(resampler.kv_proj(seen))
