@@ -338,7 +338,8 @@ class Run:
         kinds = {
             "decode": runner._graphs,
             "prefill": runner._prefill_graphs,
-            "encoder": runner.encoder._graphs,
+            "encoder": runner.encoder._graphs.get(False),
+            "encoder beside": runner.encoder._graphs.get(True),
         }
         before = self.card.tidy()
         for name, graphs in kinds.items():

@@ -17,6 +17,7 @@ from huoyan.engine.schedule import Schedule
 from huoyan.media.types import PreparedPicture
 from huoyan.models.minicpmv import MiniCPMV
 from huoyan.models.siglip import PackedGrids
+from huoyan.planning.pieces import ENCODER_GRAPH_LONGEST, ENCODER_GRAPH_SLICES
 from tests.engine.harness import TopFirst, drive, small_config
 from tests.engine.support import greedy, picture, plain_greedy, request, tiny_model, words
 
@@ -219,47 +220,52 @@ def test_a_broken_picture_ends_its_requests_at_once(model: MiniCPMV, seed: int) 
 
 
 class Recorded:
-    """Stands in for captured graphs: says which grids were captured, and gives what an encoder would."""
+    """Stands in for captured graphs: says which sizes were captured, and gives what an encoder would."""
 
     def __init__(self) -> None:
-        self.captured: list[PackedGrids] = []
+        self.captured: list[int] = []
 
-    def __call__(self, grids: PackedGrids) -> Any:
-        self.captured.append(grids)
-        return type("Graph", (), {"replay": staticmethod(lambda patches: patches + len(grids))})()
+    def __call__(self, size: int) -> Any:
+        self.captured.append(size)
+        return type("Graph", (), {"replay": staticmethod(lambda x, lengths: x + len(lengths))})()
 
 
-def test_graphs_are_captured_at_the_second_time_and_bounded() -> None:
+def test_encoder_graphs_serve_all_grids_that_have_room() -> None:
     recorded = Recorded()
-    graphs = EncoderGraphs(recorded, most_patches=20, most_graphs=2)
-    one, two, three = (PackedGrids([(2, i)] * i) for i in (1, 2, 3))
+    graphs = EncoderGraphs(recorded, sizes=(10, 20))
 
-    def run(grids: PackedGrids) -> bool:
-        patches = torch.zeros(sum(grids.lengths), 1)
-        out = graphs.run(patches, PackedGrids(list(grids)))
-        assert out is None or torch.equal(out, patches + len(grids))
+    def run(*grids: tuple[int, int]) -> bool:
+        packed = PackedGrids(grids)
+        x = torch.zeros(sum(packed.lengths), 1)
+        out = graphs.run(x, packed)
+        assert out is None or torch.equal(out, x + len(grids))
         return out is not None
 
-    assert [run(one), run(one), run(one)] == [False, True, True]
-    assert [run(two), run(one), run(two)] == [False, True, True]
-    assert recorded.captured == [one, two]
-    assert not run(three), "the one used for longest makes room"
-    assert [run(two), run(one), run(one)] == [True, False, True]
-    assert recorded.captured == [one, two, one]
-    large = PackedGrids([(3, 7)])
-    assert [run(large), run(large)] == [False, False]
+    assert [run((2, 3)), run((2, 5)), run((1, 1), (1, 7))] == [False, True, True]
+    assert [run((2, 6)), run((1, 1), (3, 5)), run((2, 3))] == [False, True, True]
+    assert recorded.captured == [10, 20], "each size once, when it is needed again"
+    assert not run((3, 7)), "too many patches"
+    assert not run(*[(1, 1)] * (ENCODER_GRAPH_SLICES + 1)), "too many slices"
+    at_once = EncoderGraphs(recorded, sizes=(10, 20, ENCODER_GRAPH_LONGEST + 8))
+    at_once.capture_all()
+    assert recorded.captured[2:] == [ENCODER_GRAPH_LONGEST + 8, 20, 10], (
+        "the largest makes room for the others"
+    )
+    one, two = PackedGrids([(1, ENCODER_GRAPH_LONGEST)]), PackedGrids([(1, ENCODER_GRAPH_LONGEST + 1)])
+    assert at_once.run(torch.zeros(ENCODER_GRAPH_LONGEST, 1), one) is not None
+    assert at_once.run(torch.zeros(ENCODER_GRAPH_LONGEST + 1, 1), two) is None, "a slice is too long"
 
 
 def test_what_cannot_be_captured_is_launched() -> None:
-    def capture(grids: PackedGrids) -> Any:
-        if len(grids) > 1:
+    def capture(size: int) -> Any:
+        if size > 10:
             raise RuntimeError("CUDA out of memory")
-        return Recorded()(grids)
+        return Recorded()(size)
 
-    graphs = EncoderGraphs(capture)
-    one, two = PackedGrids([(2, 2)]), PackedGrids([(2, 2), (2, 3)])
-    patches = torch.zeros(4, 1)
-    assert [graphs.run(patches, one) is None for _ in range(2)] == [True, False]
-    assert [graphs.run(patches, two) is None for _ in range(3)] == [True, True, True]
-    assert graphs.run(patches, one) is not None, "what was captured goes on"
+    graphs = EncoderGraphs(capture, sizes=(10, 20))
+    one, two = PackedGrids([(2, 2)]), PackedGrids([(2, 2), (4, 3)])
+    few, many = torch.zeros(4, 1), torch.zeros(16, 1)
+    assert [graphs.run(few, one) is None for _ in range(2)] == [True, False]
+    assert [graphs.run(many, two) is None for _ in range(3)] == [True, True, True]
+    assert graphs.run(few, one) is not None, "what was captured goes on"
     assert graphs.num_captured == 1

@@ -72,7 +72,7 @@ def test_packed_patches_are_exactly_those_of_the_host(seed: int, device: torch.d
     model = model_on(device, seed)
     seen: list[tuple[torch.Tensor, list[tuple[int, int]]]] = []
     inner = model.encode_patches
-    model.encode_patches = lambda x, grids: seen.append((x, list(grids))) or inner(x, grids)  # type: ignore
+    model.encode_patches = lambda x, grids, *more: seen.append((x, list(grids))) or inner(x, grids, *more)  # type: ignore
     some = pictures(rng, 3)
     PictureEncoder(model, 100, on_device=True).encode(some)
     if device.type == "cuda":

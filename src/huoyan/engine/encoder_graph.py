@@ -1,119 +1,119 @@
-"""The encoder as CUDA graphs, for the slice grids that come again and again.
+"""The encoder's layers as CUDA graphs of a few sizes, for slices of any grids.
 
-A graph belongs to one sequence of grids. Small batches gain: launching a slice's kernels one by one takes the host
-longer than they take the device. Large ones keep the device busy anyway and would only hold memory. What goes into a
-graph and comes out of it lies in the same place for all of them.
+Launching a pass kernel by kernel takes the host longer than the device computes it: 27 layers of ten kernels, and
+torch asks cuBLAS for the best way of each product. A graph has room for so many patches of so many slices; where each
+slice begins is read on the device, and rows that nobody needs belong to no slice. What goes in and what comes out are
+one tensor, the same for all sizes, and so is the memory that a pass takes. The patches' embeddings before and the
+resampler behind, which has a tensor of each slice's shape, are launched as they are.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
-from huoyan.models.siglip import PackedGrids
-from huoyan.planning.pieces import ENCODER_GRAPH_PATCHES, ENCODER_GRAPH_SLICES, ENCODER_GRAPHS
+from huoyan.layers.packed_attention import Lengths
+from huoyan.planning.pieces import ENCODER_GRAPH_LONGEST, ENCODER_GRAPH_SLICES
 
 if TYPE_CHECKING:
     from huoyan.models.minicpmv import MiniCPMV
+    from huoyan.models.siglip import PackedGrids
 
 log = logging.getLogger(__name__)
 
 
 class Captured(Protocol):
-    def replay(self, patches: Tensor) -> Tensor:
-        """[slices, query_num, hidden], valid until the next replay of any graph."""
+    def replay(self, x: Tensor, lengths: Lengths) -> Tensor:
+        """What the layers give for embeddings [P, hidden] of slices of these lengths: [P, hidden], valid until the next
+        replay of any graph."""
 
 
 class EncoderGraphs:
-    """Captures what it sees for the second time, and forgets what was not used for longest."""
+    """Captures a size when it is needed for the second time, or all of them at once."""
 
-    def __init__(
-        self,
-        capture: Callable[[PackedGrids], Captured],
-        most_patches: int = ENCODER_GRAPH_PATCHES,
-        most_graphs: int = ENCODER_GRAPHS,
-    ) -> None:
-        self._capture: Callable[[PackedGrids], Captured | None] = capture
-        self._most_patches = most_patches
-        self._most_graphs = most_graphs
-        self._graphs: OrderedDict[PackedGrids, Captured | None] = OrderedDict()
-        """None where grids were seen once."""
+    def __init__(self, capture: Callable[[int], Captured], sizes: Sequence[int]) -> None:
+        """`sizes`: patches that graphs have room for, ascending."""
+        self._capture = capture
+        self._sizes = tuple(sizes)
+        self._graphs: dict[int, Captured | None] = {}
+        """None where a size was needed once."""
+        self._gave_up = False
 
-    def run(self, patches: Tensor, grids: PackedGrids) -> Tensor | None:
-        """The embeddings of normalised patches, valid until the next call; None where there is no graph for them."""
-        if patches.shape[0] > self._most_patches or len(grids) > ENCODER_GRAPH_SLICES:
+    def run(self, x: Tensor, grids: PackedGrids) -> Tensor | None:
+        """What the encoder gives for the embeddings x [P, hidden] of slices, valid until the next call; None where
+        there is no graph for them."""
+        lengths = grids.lengths
+        size = next((size for size in self._sizes if size >= len(x)), None)
+        if size is None or len(lengths) > ENCODER_GRAPH_SLICES or max(lengths) > ENCODER_GRAPH_LONGEST:
             return None
-        if grids not in self._graphs:
-            self._graphs[grids] = None
-            while len(self._graphs) > self._most_graphs:
-                self._graphs.popitem(last=False)
+        if size not in self._graphs and not self._gave_up:
+            self._graphs[size] = None
             return None
-        self._graphs.move_to_end(grids)
-        graph = self._graphs[grids]
-        if graph is None:
-            try:
-                graph = self._graphs[grids] = self._capture(grids)
-            except RuntimeError as error:
-                # Memory above all. What was captured goes on; nothing more is tried.
-                log.warning("the encoder is not captured as CUDA graphs: %s", str(error).splitlines()[0])
-                self._capture = _give_up
-        return None if graph is None else graph.replay(patches)
+        graph = self._graphs.get(size) or self._captured(size)
+        return None if graph is None else graph.replay(x, lengths)
+
+    def capture_all(self) -> None:
+        """Every size, the largest first: the others find room in its memory."""
+        for size in reversed(self._sizes):
+            self._captured(size)
+
+    def _captured(self, size: int) -> Captured | None:
+        if self._gave_up:
+            return None
+        try:
+            graph = self._graphs[size] = self._capture(size)
+        except RuntimeError as error:
+            # Memory above all. What was captured goes on; nothing more is tried.
+            log.warning("the encoder is not captured as CUDA graphs: %s", str(error).splitlines()[0])
+            self._gave_up = True
+            return None
+        return graph
 
     @property
     def num_captured(self) -> int:
         return sum(graph is not None for graph in self._graphs.values())
 
 
-def _give_up(grids: PackedGrids) -> None:
-    return None
-
-
 class CudaCapture:
-    """Captures the model's encoder on the current stream; all graphs share one memory pool."""
+    """Captures the encoder's layers on the current stream."""
 
-    def __init__(self, model: MiniCPMV) -> None:
+    def __init__(self, model: MiniCPMV, most_patches: int, pool: Any = None) -> None:
+        """`pool`: of `torch.cuda.graph_pool_handle`, where graphs share it that never run beside these."""
         self._model = model
-        self._pool: Any = None
-        config = model.config
-        self._patches = model.resampler.query.new_empty(
-            ENCODER_GRAPH_PATCHES, 3 * config.vision.patch_size**2
-        )
-        self._embeddings = model.resampler.query.new_empty(
-            ENCODER_GRAPH_SLICES, config.query_num, config.text.hidden_size
-        )
+        self._pool = torch.cuda.graph_pool_handle() if pool is None else pool
+        query = model.resampler.query
+        # One for all sizes: each graph's own would stay with it.
+        self._x = query.new_zeros(most_patches, model.config.vision.hidden_size)
+        self._starts = torch.zeros(ENCODER_GRAPH_SLICES + 1, dtype=torch.int32, device=query.device)
+        self._compiled = False
 
-    def __call__(self, grids: PackedGrids) -> Captured:
-        into, out = self._patches[: sum(grids.lengths)], self._embeddings[: len(grids)]
-        graph = _Graph(self._model, grids, into, out, self._pool)
-        self._pool = graph.pool
-        return graph
+    def __call__(self, size: int) -> Captured:
+        lengths = Lengths.of_device(self._starts, ENCODER_GRAPH_LONGEST)
+        x = self._x[:size]
+        if not self._compiled:
+            # To compile what is compiled on first use.
+            self._model.vpm.layers(x, lengths)
+            self._compiled = True
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=torch.cuda.current_stream()):
+            x.copy_(self._model.vpm.layers(x, lengths))
+        return _Graph(graph, x, self._starts)
 
 
 class _Graph:
-    def __init__(
-        self, model: MiniCPMV, grids: PackedGrids, patches: Tensor, embeddings: Tensor, pool: Any
-    ) -> None:
-        """Replays read `patches` [P, pixels] and write `embeddings` [slices, query_num, hidden]."""
-        # The graph reads what the grids keep on the device, and where they keep it.
-        self._grids = grids
-        self._patches = patches
-        self._embeddings = embeddings
-        # Once without, to send and compile what is sent and compiled on first use.
-        model.encode_patches(patches, grids)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool, stream=torch.cuda.current_stream()):
-            embeddings.copy_(model.encode_patches(patches, grids))
+    def __init__(self, graph: torch.cuda.CUDAGraph, x: Tensor, starts: Tensor) -> None:
+        """Replays read `x` [size, hidden] and `starts` int32 [slices + 1], and write over `x`."""
+        self._graph, self._x, self._starts = graph, x, starts
 
-    @property
-    def pool(self) -> Any:
-        return self._graph.pool()
-
-    def replay(self, patches: Tensor) -> Tensor:
-        self._patches.copy_(patches)
+    def replay(self, x: Tensor, lengths: Lengths) -> Tensor:
+        own = self._x[: len(x)]
+        own.copy_(x)
+        # Slices that are not there are empty.
+        self._starts.fill_(len(x))
+        self._starts[: len(lengths) + 1].copy_(lengths.cumulative(x.device))
         self._graph.replay()
-        return self._embeddings
+        return own

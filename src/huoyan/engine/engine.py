@@ -104,7 +104,7 @@ class Engine:
             self.config.kv_cache_dtype,
         )
         fused = has_fused_attention(model, cache.format.name)
-        graphs = prefills = None
+        graphs = prefills = pool = None
         # Graphs are captured where steps run, and not on the default stream: so steps run on another.
         self._stream: torch.cuda.Stream | None = None
         if fused and not self.config.enforce_eager:
@@ -129,6 +129,7 @@ class Engine:
             graphs=graphs,
             prefills=prefills,
             device_beams=self._device_beams,
+            pool=pool,
         )
         self.scheduler.encodes_beside = self.runner.encoder.runs_beside
         if self._stream is not None:

@@ -11,7 +11,7 @@ import contextlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from huoyan.planning.pieces import (
     BESIDE_PASS,
     BESIDE_PATCHES,
     BESIDE_SLICES,
+    ENCODER_GRAPH_PATCHES,
     PASS_PATCHES,
     PASS_SLICES,
     runs_within,
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger(__name__)
+_RECENT_GRIDS = 16
+"""Of which positions are kept on the device, some 60 KiB each."""
 
 
 class Ready(Protocol):
@@ -90,16 +93,20 @@ class PictureEncoder:
         *,
         on_device: bool | None = None,
         graphs: bool = False,
+        pool: Any = None,
     ) -> None:
         """`max_slices` are asked for at once, and `PASS_SLICES` of `max_patches` patches go through the encoder
         together at most (one slice may have more), `PASS_PATCHES` and beside decodes `BESIDE_PASS` where the device
-        resizes. `on_device` overrides `resizes_on_device`; `graphs` captures small batches as CUDA graphs."""
+        resizes. `on_device` overrides `resizes_on_device`; `graphs` captures passes as CUDA graphs, those that run on
+        the step's stream with memory of `pool`, of `torch.cuda.graph_pool_handle`."""
         self._model = model
         self._max_slices = max_slices
         self._max_patches = max_patches
         self._stream: torch.cuda.Stream | None = None
-        self._graphs: EncoderGraphs | None = None
+        self._graphs: dict[bool, EncoderGraphs] = {}
+        """Of passes on the step's stream, and of those aside."""
         self._packer: _Packer | None = None
+        self._recent: dict[tuple[bool, tuple[Grid, ...]], PackedGrids] = {}
         # Embeddings that stay would keep torch from giving back what lay around them: on CUDA they have memory apart,
         # which torch keeps by the stream that was current when it was taken. Nothing runs there.
         self._shelf = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
@@ -110,7 +117,9 @@ class PictureEncoder:
                 if graphs:
                     from huoyan.engine.encoder_graph import CudaCapture, EncoderGraphs
 
-                    self._graphs = EncoderGraphs(CudaCapture(model))
+                    small = [size for size in ENCODER_GRAPH_PATCHES if size <= BESIDE_PASS]
+                    for aside, sizes, own in ((False, ENCODER_GRAPH_PATCHES, pool), (True, small, None)):
+                        self._graphs[aside] = EncoderGraphs(CudaCapture(model, sizes[-1], own), sizes)
                 # Weights may still be on their way there.
                 self._stream.wait_stream(torch.cuda.current_stream(model.device))
 
@@ -130,6 +139,12 @@ class PictureEncoder:
         pixels = 3 * self._model.config.vision.patch_size**2
         patches = self._model.resampler.query.new_zeros(side * side, pixels)
         self._model.encode_patches(patches, [(side, side)])
+
+    def capture_all(self) -> None:
+        """Capture every graph: those of the step's stream on the current one."""
+        for aside, graphs in self._graphs.items():
+            with torch.cuda.stream(self._stream) if aside else contextlib.nullcontext():
+                graphs.capture_all()
 
     def encode(
         self, pictures: Sequence[PreparedPicture], beside: bool = True
@@ -199,24 +214,29 @@ class PictureEncoder:
         return runs_within(counts, self._max_patches, min(self._max_slices, PASS_SLICES))
 
     def _encode(self, patches: Tensor, grids: list[Grid], aside: bool) -> Tensor:
-        """In passes; `aside`: on the stream of its own, to which the graphs belong too."""
+        """In passes; `aside`: on the stream of its own."""
         parts = []
         at = 0
-        graphs = self._graphs if aside else None
+        graphs = self._graphs.get(aside)
         slices, most = min(self._max_slices, PASS_SLICES), min(self._max_patches, PASS_PATCHES)
         if aside:
             slices, most = min(slices, BESIDE_SLICES), min(most, BESIDE_PASS)
         passes = runs_within([rows * columns for rows, columns in grids], most, slices)
         for first, last in passes:
-            packed = PackedGrids(grids[first:last])
+            packed = self._known(grids[first:last], aside)
             some = patches[at : at + sum(packed.lengths)]
             at += len(some)
-            captured = graphs.run(some, packed) if graphs is not None else None
-            if captured is not None and len(passes) > 1:
-                # One part alone is copied before the next run anyway.
-                captured = captured.clone()
-            parts.append(self._model.encode_patches(some, packed) if captured is None else captured)
+            parts.append(self._model.encode_patches(some, packed, graphs.run if graphs else None))
         return _joined(parts)
+
+    def _known(self, grids: list[Grid], aside: bool) -> PackedGrids:
+        """The grids, as an object that may have been sent to the device before: on the same stream."""
+        key = aside, tuple(grids)
+        found = self._recent.pop(key, None) or PackedGrids(grids)
+        self._recent[key] = found
+        if len(self._recent) > _RECENT_GRIDS:
+            del self._recent[next(iter(self._recent))]
+        return found
 
     def _places(self, pictures: Sequence[PreparedPicture]) -> list[Tensor]:
         """Where the embeddings of each picture are to be, for work on the current stream: each has memory of its own,

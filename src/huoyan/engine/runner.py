@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -80,15 +80,16 @@ class Runner:
         graphs: DecodeGraphs | None = None,
         prefills: PrefillGraphs | None = None,
         device_beams: DeviceBeams | None = None,
+        pool: Any = None,
     ) -> None:
         """`graphs`, `prefills`: steps captured as CUDA graphs; without them every step is launched kernel by kernel.
-        `device_beams`: where searches advance on the device."""
+        `device_beams`: where searches advance on the device. `pool`: that graphs share, for the encoder's."""
         self.model = model
         self.cache = cache
         self.pictures = pictures
         self.max_encoder_slices = max_encoder_slices
         self.encoder = PictureEncoder(
-            model, max_encoder_slices, max_encoder_patches, graphs=graphs is not None
+            model, max_encoder_slices, max_encoder_patches, graphs=graphs is not None, pool=pool
         )
         self.device = cache.device
         self._fused = has_fused_attention(model, cache.format.name)
@@ -104,6 +105,7 @@ class Runner:
     def capture_all(self) -> None:
         """Capture the graphs of all sizes, where there are graphs, and compile what pictures take."""
         self.encoder.warm_up()
+        self.encoder.capture_all()
         if self._graphs is not None:
             self._graphs.capture_all()
         if self._prefill_graphs is not None:

@@ -55,8 +55,8 @@ def add_layer_norm(
     """(layer_norm(x + residual), x + residual) of contiguous x, residual [T, width]: x and residual, written over.
     `added` [width] is added to the sum, of which the product that gave x had left it out.
 
-    Without a residual, and then without `added`, the first is new, and the second is x as it was. An encoder pass so has two tensors that stay
-    where they are from layer to layer, and what else it takes fits between them each time.
+    Without a residual, and then without `added`, the first is new, and the second is x as it was. An encoder pass so
+    has two tensors that stay where they are from layer to layer, and what else it takes fits between them each time.
     """
     rows, width = x.shape
     normed = x if residual is not None else torch.empty_like(x)

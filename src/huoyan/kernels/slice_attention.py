@@ -73,8 +73,8 @@ def _accumulate(
 @triton.jit
 def _kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr, out_ptr, cu_ptr, stride, out_stride, scale,
-    HAS_BIAS: tl.constexpr, HEAD: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HEAD: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
     heads = tl.num_programs(1)
@@ -135,7 +135,7 @@ def takes(head_dim: int) -> bool:
 
 def slice_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, bias: Tensor | None = None,
-    *, block_m: int = 128, block_n: int = 64, warps: int = 4, stages: int = 3,
+    *, over: bool = False, block_m: int = 128, block_n: int = 64, warps: int = 4, stages: int = 3,
 ) -> Tensor:  # fmt: skip
     """Attention of each sequence's queries over all of its own keys.
 
@@ -145,19 +145,21 @@ def slice_attention(
         cu_seqlens: int32 [sequences + 1], where each sequence begins.
         longest: the length of the longest.
         bias: [3 * heads * head_dim], still to be added to q, k and v.
+        over: write the answers over q. A program reads no queries but those that its answers take the place of.
         block_m, block_n, warps, stages: how it is cut (searched on an H100, see benchmarks/NOTES.md).
 
     Returns:
-        [sum of lengths, heads, head_dim], contiguous.
+        [sum of lengths, heads, head_dim], contiguous, or q.
     """
     rows, heads, head_dim = q.shape
     assert takes(head_dim)
     assert q.stride() == k.stride() == v.stride() == (q.stride(0), head_dim, 1)
-    out = torch.empty((rows, heads, head_dim), dtype=q.dtype, device=q.device)
+    out = q if over else torch.empty((rows, heads, head_dim), dtype=q.dtype, device=q.device)
     wide = 1 << (head_dim.bit_length() - 1)
     grid = (triton.cdiv(longest, block_m), heads, len(cu_seqlens) - 1)
     _kernel[grid](
-        q, k, v, out if bias is None else bias, out, cu_seqlens, q.stride(0), out.stride(0), LOG2_E / math.sqrt(head_dim),
-        HAS_BIAS=bias is not None, HEAD=head_dim, WIDE=wide, REST=16, BLOCK_M=block_m, BLOCK_N=block_n, STAGES=stages, num_warps=warps,
+        q, k, v, q if bias is None else bias, out, cu_seqlens, q.stride(0), out.stride(0),
+        LOG2_E / math.sqrt(head_dim), HAS_BIAS=bias is not None, HEAD=head_dim, WIDE=wide, REST=16, BLOCK_M=block_m,
+        BLOCK_N=block_n, STAGES=stages, num_warps=warps,
     )  # fmt: skip
     return out

@@ -17,6 +17,14 @@ class Lengths(tuple[int, ...]):
     """Lengths of sequences packed end to end. Where each begins is sent to a device once and kept, so that the layers
     of a model share it and a CUDA graph may read it."""
 
+    @classmethod
+    def of_device(cls, starts: Tensor, longest: int) -> Lengths:
+        """Lengths that only the device knows: where each sequence begins, int32 [sequences + 1], and no sequence is
+        longer than `longest`. For packed attention on CUDA alone, which asks for no more."""
+        found = cls([longest] * (len(starts) - 1))
+        found.__dict__["_cumulative"] = {starts.device: starts}
+        return found
+
     def cumulative(self, device: torch.device) -> Tensor:
         """int32 [sequences + 1]"""
         known: dict[torch.device, Tensor] = self.__dict__.setdefault("_cumulative", {})
@@ -38,6 +46,7 @@ def packed_attention(
     q_lengths: Sequence[int],
     k_lengths: Sequence[int],
     bias: Tensor | None = None,
+    over: bool = False,
 ) -> Tensor:
     """Full attention of sequence s's queries over sequence s's keys.
 
@@ -45,6 +54,7 @@ def packed_attention(
         q: [sum(q_lengths), heads, head_dim]
         k, v: [sum(k_lengths), heads, head_dim]
         bias: [3 * heads * head_dim], still to be added to q, k and v.
+        over: the answers may be written over q.
 
     Returns:
         [sum(q_lengths), heads, head_dim]
@@ -53,7 +63,7 @@ def packed_attention(
         if q_lengths is k_lengths and _suits_our_kernel(q, k, v):
             from huoyan.kernels.slice_attention import slice_attention
 
-            return slice_attention(q, k, v, _cumulative(q_lengths, q.device), max(q_lengths), bias)
+            return slice_attention(q, k, v, _cumulative(q_lengths, q.device), max(q_lengths), bias, over=over)
         q, k, v = _with_bias(q, k, v, bias)
         return _varlen(q, k, v, q_lengths, k_lengths)
     q, k, v = _with_bias(q, k, v, bias)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -62,10 +62,23 @@ class MiniCPMV(nn.Module):
         back[torch.tensor(order)] = torch.arange(len(order))
         return embeddings.index_select(0, to_device(back, self.device))
 
-    def encode_patches(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """Normalised patches [P, 3 * patch_size**2] of packed slices -> [slices, query_num, hidden]."""
+    def encode_patches(
+        self,
+        patches: Tensor,
+        grids: Sequence[Grid],
+        layers: Callable[[Tensor, PackedGrids], Tensor | None] | None = None,
+    ) -> Tensor:
+        """Normalised patches [P, 3 * patch_size**2] of packed slices -> [slices, query_num, hidden].
+
+        `layers` may take the place of the encoder's own, whose part is [P, hidden] -> [P, hidden], or give None.
+        """
         grids = PackedGrids.of(grids)
-        out: Tensor = self.resampler(self.vpm(patches, grids), grids)
+        x = self.vpm.embeddings(patches, grids)
+        seen = layers(x, grids) if layers is not None else None
+        if seen is None:
+            seen = self.vpm.layers(x, grids.lengths)
+        del x
+        out: Tensor = self.resampler(seen, grids)
         return out
 
     def embed(self, token_ids: Tensor) -> Tensor:

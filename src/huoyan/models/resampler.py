@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -39,15 +40,16 @@ class GridPositions:
         out = torch.empty(sum(r * c for r, c in grids), self.width, dtype=dtype, device=device)
         half = self.width // 2
         at = 0
-        for rows, columns in grids:
-            slice_of = out[at : at + rows * columns].view(rows, columns, self.width)
+        for (rows, columns), alike in groupby(grids):
+            count = sum(1 for _ in alike)
+            slices = out[at : at + count * rows * columns].view(count, rows, columns, self.width)
             for first in range(0, columns, KEPT_POSITIONS):
                 axis = self._axis(first, min(KEPT_POSITIONS, columns - first), device, dtype)
-                slice_of[:, first : first + len(axis), :half] = axis
+                slices[:, :, first : first + len(axis), :half] = axis
             for first in range(0, rows, KEPT_POSITIONS):
                 axis = self._axis(first, min(KEPT_POSITIONS, rows - first), device, dtype)
-                slice_of[first : first + len(axis), :, half:] = axis.unsqueeze(1)
-            at += rows * columns
+                slices[:, first : first + len(axis), :, half:] = axis.unsqueeze(1)
+            at += count * rows * columns
         return out
 
     def _axis(self, first: int, count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -70,12 +72,14 @@ class CrossAttention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
         self.out_proj = Linear(width, (width,), bias=True)
 
-    def project(self, which: int, x: Tensor, *, over: bool = False) -> Tensor:
+    def project(self, which: int, x: Tensor, *, over: bool = False, bare: bool = False) -> Tensor:
         """Queries (0), keys (1) or values (2) of x [rows, width]: [rows, heads, head_dim].
 
-        `over`: many rows are written over x, some at a time, where nothing is to be differentiated.
+        `over`: many rows are written over x, some at a time, where nothing is to be differentiated. `bare`: without
+        their bias, as `forward` wants keys and values.
         """
-        weight, bias = self.in_proj_weight.chunk(3)[which], self.in_proj_bias.chunk(3)[which]
+        weight = self.in_proj_weight.chunk(3)[which]
+        bias = None if bare else self.in_proj_bias.chunk(3)[which]
         pieces = -(-len(x) // PROJECTED_PATCHES)
         if over and pieces > 1 and not torch.is_grad_enabled():
             for rows in x.chunk(pieces):
@@ -88,13 +92,15 @@ class CrossAttention(nn.Module):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, q_lengths: Sequence[int], k_lengths: Sequence[int]
     ) -> Tensor:
-        """Of projected q [queries, heads, head_dim], the same for every slice, and k, v [sum(k_lengths), …].
+        """Of projected q [queries, heads, head_dim], the same for every slice, and k, v [sum(k_lengths), …] without
+        their biases: a key's would move all scores of a query alike, and weights sum up to one, so that a value's comes
+        out whole.
 
         Returns [slices * queries, width].
         """
         slices = len(k_lengths)
         out = packed_attention(q.repeat(slices, 1, 1), k, v, q_lengths, k_lengths)
-        projected: Tensor = self.out_proj(out.flatten(1))
+        projected: Tensor = self.out_proj(out.flatten(1) + self.in_proj_bias.chunk(3)[2])
         return projected
 
 
@@ -130,8 +136,10 @@ class Resampler(nn.Module):
     def _some(self, x: Tensor, grids: PackedGrids) -> Tensor:
         values = self.ln_kv(self.kv_proj(x))
         # Each [P, width] is given up as soon as it is projected: of one long slice nothing takes more memory.
-        keys = self.attn.project(1, self.positions(grids, x.device, values.dtype).add_(values), over=True)
-        values = self.attn.project(2, values, over=True)
+        keys = self.attn.project(
+            1, self.positions(grids, x.device, values.dtype).add_(values), over=True, bare=True
+        )
+        values = self.attn.project(2, values, over=True, bare=True)
         query = self.attn.project(0, self.ln_q(self.query))
         out = self.attn(query, keys, values, grids.query_lengths(len(query)), grids.lengths)
         projected: Tensor = self.ln_post(out) @ self.proj

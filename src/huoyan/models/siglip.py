@@ -91,13 +91,12 @@ class Attention(nn.Module):
         self.out_proj = Linear(width, (width,), bias=True)
 
     def forward(self, x: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        """Returns (what is to be added to the stream, a bias [hidden] that it still lacks)."""
+        """Returns (what is to be added to the stream, a bias [hidden] that it still lacks). May be written over x."""
         qkv, bias = self.qkv_proj.without_bias(x)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(1)
-        answers = packed_attention(q, k, v, lengths, lengths, bias).flatten(1)
-        # Given up before the answers' projection is there: this is where the encoder takes the most memory.
-        del qkv, q, k, v
-        return self.out_proj.without_bias(answers)
+        # Written over what it is made of, as is all that follows: this is where the encoder takes the most memory.
+        answers = packed_attention(q, k, v, lengths, lengths, bias, over=not torch.is_grad_enabled())
+        return self.out_proj.without_bias(answers.flatten(1), x)
 
 
 class MLP(nn.Module):
@@ -107,7 +106,7 @@ class MLP(nn.Module):
         self.fc2 = Linear(config.intermediate_size, (config.hidden_size,), bias=True)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """As `Attention.forward`; may be written over x."""
+        """As `Attention.forward`."""
         return self.fc2.without_bias(gelu_of(self.fc1, x), x)
 
 
@@ -148,9 +147,12 @@ class SiglipEncoder(nn.Module):
 
     def forward(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
         grids = PackedGrids.of(grids)
-        x = self.embeddings(patches, grids)
+        return self.layers(self.embeddings(patches, grids), grids.lengths)
+
+    def layers(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
+        """What follows the embeddings [P, hidden] of slices of these lengths; x may be written over."""
         bias: Tensor | None = None
         residual: Tensor | None = None
         for layer in self.encoder.layers:
-            x, bias, residual = layer(x, bias, residual, grids.lengths)
+            x, bias, residual = layer(x, bias, residual, lengths)
         return add_norm(self.post_layernorm, x, residual, added=bias)[0]

@@ -14,20 +14,18 @@ from huoyan.planning.allocator import grows, reserved_bytes, whole_segments
 from huoyan.planning.driver import GRAPH_DRIVER, context_bytes
 from huoyan.planning.graphs import PREFILL_GRAPH_TOKENS, captured_rows, graph_sizes
 from huoyan.planning.pieces import (
+    BESIDE_PASS,
     ENCODER_GRAPH_PATCHES,
-    ENCODER_GRAPH_SLICES,
-    ENCODER_GRAPHS,
     PICTURE_SLICES,
 )
-from huoyan.planning.sizes import MIB
 from huoyan.planning.weights import INT4_GROUP, Weights, weights
 from huoyan.planning.workspace import (
     Limits,
     Way,
     Workspace,
     captured,
+    captured_encoder,
     captured_prompts,
-    encoder,
     with_encoder_passes,
     workspace,
 )
@@ -45,7 +43,7 @@ CUBLAS_OURS = ":8192:1"
 longer: see benchmarks/NOTES.md)."""
 CUBLAS_TORCHS = ":32768:1"
 """What it has by itself, at most: on Hopper."""
-FRAGMENTS = 10
+FRAGMENTS = 12
 """One part in this many of what comes and goes is lost between tensors of different sizes."""
 
 
@@ -154,29 +152,30 @@ def slice_bytes(config: ModelConfig, itemsize: int) -> int:
 
 
 def graph_bytes(config: ModelConfig, engine: EngineConfig, way: Way, limits: Limits) -> int:
-    """CUDA graphs of decode steps and of the encoder: the memory that each kind shares, and the driver's own."""
+    """CUDA graphs of steps and of the encoder: the memory that those of a stream share, and the driver's own."""
     if not way.kernels or engine.enforce_eager:
         return 0
     sizes = graph_sizes(captured_rows(limits.seqs, way.int4))
     # Token, position, slot, length and blocks of every row.
     inputs = 4 * (4 + -(-limits.context // limits.block_size)) * sizes[-1]
-    # Decodes and prompts share a pool, and each kind what goes in and comes out.
+    # What runs on the step's stream shares a pool, and each kind what goes in and comes out.
     prompts = max(PREFILL_GRAPH_TOKENS, default=0)
     shared = captured(config, way, limits, sizes[-1])
     if prompts:
         shared = max(shared, captured_prompts(config, way, limits, prompts))
+    shared = max(shared, captured_encoder(config, way, ENCODER_GRAPH_PATCHES[-1]))
     decodes = inputs + whole_segments(shared) + 2 * prompts * config.text.hidden_size * way.itemsize
-    patches = min(ENCODER_GRAPH_PATCHES, limits.encoder_patches)
-    encodes = whole_segments(encoder(config, way, patches, ENCODER_GRAPH_SLICES))
-    encodes += ENCODER_GRAPH_SLICES * slice_bytes(config, way.itemsize)
-    encodes += patches * config.vision.num_channels * config.vision.patch_size**2 * way.itemsize
-    return decodes + encodes + graph_driver_bytes(way, limits)
+    # Beside decodes they have a pool of their own. Both kinds keep what goes in and comes out.
+    beside = whole_segments(captured_encoder(config, way, BESIDE_PASS))
+    stay = (BESIDE_PASS + ENCODER_GRAPH_PATCHES[-1]) * config.vision.hidden_size * way.itemsize
+    return decodes + beside + stay + graph_driver_bytes(way, limits)
 
 
 def graph_driver_bytes(way: Way, limits: Limits) -> int:
     """What captured graphs take outside of torch's allocator."""
     decodes = len(graph_sizes(captured_rows(limits.seqs, way.int4)))
-    return GRAPH_DRIVER * (decodes + len(PREFILL_GRAPH_TOKENS) + ENCODER_GRAPHS)
+    beside = sum(size <= BESIDE_PASS for size in ENCODER_GRAPH_PATCHES)
+    return GRAPH_DRIVER * (decodes + len(PREFILL_GRAPH_TOKENS) + len(ENCODER_GRAPH_PATCHES) + beside)
 
 
 def slack_bytes(way: Way, space: Workspace, pictures: int) -> int:

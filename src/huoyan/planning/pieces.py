@@ -24,7 +24,7 @@ FEW_ROWS_CPU = 128
 """Rows that torch's int4 product multiplies in less time than unpacking takes (`huoyan.layers.int4_cpu`)."""
 PROMPT_LOGITS = 1 << 22
 """Logits of a prompt's own tokens (16 MiB in float32)."""
-CHOICE_LOGITS = 7 << 18
+CHOICE_LOGITS = 6 << 18
 """Logits that tokens are chosen from: filters and grammars take some thirty bytes for each."""
 SORTED_LOGITS = 1 << 19
 """Logits that are sorted: some seventy bytes for each."""
@@ -56,12 +56,12 @@ BESIDE_SLICES = 8
 """Slices of such a pass."""
 BESIDE_PIXELS = 40 << 20
 """Bytes of originals that are uploaded at once (`huoyan.media.originals.LARGEST`)."""
-ENCODER_GRAPHS = 8
-"""Sequences of slice grids that have a CUDA graph."""
-ENCODER_GRAPH_PATCHES = 1100
-"""Of a batch that is captured: a slice of the published size. Two take a device as long as their launches the host."""
-ENCODER_GRAPH_SLICES = 4
-"""The same; slices of that size are one."""
+ENCODER_GRAPH_PATCHES = (1056, 2112, 3300, 4224, 5280, 6336, 7392)
+"""Patches that CUDA graphs of the encoder have room for: those of a pass, and beside decodes of such a pass."""
+ENCODER_GRAPH_SLICES = 8
+"""The same, in slices: as many as a pass has."""
+ENCODER_GRAPH_LONGEST = 1152
+"""Patches of a slice that has a graph at most: of the published size, whatever its shape."""
 
 
 _TILE = 128

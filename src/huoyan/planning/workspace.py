@@ -161,7 +161,8 @@ def encoder(
         pixels * 4,
         # Embeddings of pixels and of positions, their sum, and which positions.
         3 * C * e + 16,
-        # x, its norm, q k v, the answer; lse. Off our kernels' way a copy of each, or of the answer, its projection.
+        # x, its norm, q k v, written over by the answer, and again the norm by its projection. Off our kernels' way a
+        # copy of each, or of the answer, its projection; lse.
         (6 if own_kernels else 9) * C * e + 4 * vision.num_attention_heads,
         # x, its norm, which the MLP's answer is written over, the MLP's width. Off our kernels' way the layer's x, x
         # after attention, its norm, the MLP's width, written over; its answer.
@@ -225,6 +226,13 @@ def _kept(config: ModelConfig, way: Way, limits: Limits) -> int:
     values = blocks * limits.block_size * _widths(config)[1]
     # Keys and values; of 8 bits also as they are stored, with scales.
     return values * (2 * way.itemsize + (2 if way.kv8 else 0))
+
+
+def captured_encoder(config: ModelConfig, way: Way, patches: int) -> int:
+    """What a CUDA graph of the encoder's layers has of its own: the stream of additions lies outside. A layer's input,
+    which its products are written over, and q k v, which attention's answers are written over, or the MLP's width."""
+    C, M = config.vision.hidden_size, config.vision.intermediate_size
+    return patches * (C + max(3 * C, M)) * way.itemsize + MIB // 4
 
 
 def captured_prompts(config: ModelConfig, way: Way, limits: Limits, rows: int) -> int:
