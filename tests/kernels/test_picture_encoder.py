@@ -106,7 +106,7 @@ def test_small_passes_beside_decodes_give_what_large_ones_do(
     patches, grids, _ = packer.pack(pictures(rng, 5))
     seen: list[int] = []
     inner = model.encode_patches
-    model.encode_patches = lambda x, grids: seen.append(len(x)) or inner(x, grids)  # type: ignore
+    model.encode_patches = lambda x, grids, *more: seen.append(len(x)) or inner(x, grids, *more)  # type: ignore
     together = encoder._encode(patches, grids, aside=False)
     large = len(seen)
     assert sum(seen) == len(patches)
@@ -115,6 +115,24 @@ def test_small_passes_beside_decodes_give_what_large_ones_do(
     assert sum(seen[large:]) == len(patches)
     largest = max(rows * columns for rows, columns in grids)
     assert max(seen[large:]) <= max(picture_encoder.BESIDE_PASS, largest)
+
+
+@torch.inference_mode()
+def test_a_picture_of_more_patches_than_a_pass_is_still_cut_on_the_device(
+    seed: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = random.Random(seed)
+    model = model_on(device, seed)
+    picture = next(
+        p for p in iter(lambda: pictures(rng, 1)[0], None) if p.original is not None and p.num_slices > 2
+    )
+    expected = model.encode_slices(picture.slices)
+    monkeypatch.setattr(model, "encode_slices", lambda _: pytest.fail("the host has cut the picture"))
+    most = max(picture.patches(model.config.vision.patch_size))
+    got, ready = PictureEncoder(model, 32, most, on_device=True).encode([picture])
+    if ready is not None:
+        ready.wait()
+    torch.testing.assert_close(got[0], expected, rtol=2e-3, atol=2e-3)
 
 
 def _starts(grids: list[tuple[int, int]], wanted: tuple[int, int]) -> list[int]:

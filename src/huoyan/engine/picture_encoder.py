@@ -189,8 +189,9 @@ class PictureEncoder:
 
     @property
     def _most_together(self) -> int:
-        """Patches of a call; where the device resizes, its uploads and their patches stay to the end."""
-        return self._max_patches if self._packer is None else min(self._max_patches, BESIDE_PATCHES)
+        """Patches of a call; where the device resizes, its uploads and their patches stay to the end, and passes are
+        smaller."""
+        return self._max_patches if self._packer is None else BESIDE_PATCHES
 
     def _counts(self, picture: PreparedPicture) -> list[int]:
         """Patches of each slice."""

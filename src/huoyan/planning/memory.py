@@ -43,7 +43,7 @@ CUBLAS_OURS = ":8192:1"
 longer: see benchmarks/NOTES.md)."""
 CUBLAS_TORCHS = ":32768:1"
 """What it has by itself, at most: on Hopper."""
-FRAGMENTS = 12
+FRAGMENTS = 16
 """One part in this many of what comes and goes is lost between tensors of different sizes."""
 
 

@@ -202,15 +202,14 @@ def _beside(config: ModelConfig, way: Way, limits: Limits) -> int:
 def _whole_pictures(config: ModelConfig, way: Way, limits: Limits, in_pass: int, slices: int) -> int:
     """Originals that the device resizes, then passes of so many patches and slices over what they gave."""
     vision = config.vision
-    patches = min(BESIDE_PATCHES, limits.encoder_patches)
+    patches = BESIDE_PATCHES
     pixels = vision.num_channels * vision.patch_size**2
     embeddings = limits.encoder_slices * config.query_num * config.text.hidden_size * way.itemsize
     moments = [
         # Originals, and what they are resized by way of.
         2 * BESIDE_PIXELS,
         # Embeddings of the passes before.
-        embeddings
-        + encoder(config, way, min(in_pass, patches), slices, held=False, largest=min(BESIDE_PASS, in_pass)),
+        embeddings + encoder(config, way, in_pass, slices, held=False, largest=min(BESIDE_PASS, in_pass)),
         # Those of all passes, joined, in their order, and each picture's own.
         4 * embeddings,
     ]
