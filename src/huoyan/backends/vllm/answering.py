@@ -108,7 +108,9 @@ class Samples(Answering):
             (run_id, sample_params(self.params, self._rules, self.max_tokens, i, logprobs))
             for run_id, i in self._by_run.items()
         ]
-        self._client.check(self.request, made[0][1])
+        if self.request.pictures:
+            # `add` would tell vLLM's cache of pictures that then are not sent; without any it checks by itself.
+            self._client.check(self.request, made[0][1])
         for run_id, params in made:
             self._client.add(run_id, self.request, self.request.prompt.token_ids, params)
             self.runs.add(run_id)
