@@ -188,14 +188,14 @@ def opened(given: argparse.Namespace) -> tuple[dict[str, Callable[[Any], Any]], 
         },
     )
     folder = resolve_model(given.model)
-    model = open_checkpoint(folder).config
+    checkpoint = open_checkpoint(folder)
     prepare_environment()
     import vllm
     from vllm.platforms import current_platform
 
-    direct = vllm.LLM(**engine_arguments(options, folder, folder, model, current_platform.device_type))
+    direct = vllm.LLM(**engine_arguments(options, folder, checkpoint, current_platform.device_type))
     frontend = open_frontend(folder, folder, options)
-    backend = over_engine(direct.llm_engine, folder, model, frontend, given.max_num_seqs)
+    backend = over_engine(direct.llm_engine, folder, checkpoint.config, frontend, given.max_num_seqs)
     ours = LLM.from_runtime(Runtime(backend, frontend, folder, options))
     asked = {
         "temperature": 0.8,

@@ -22,15 +22,19 @@ from huoyan.backends.vllm.messages import is_refusal, one_line
 from huoyan.backends.vllm.settings import check_known, engine_arguments
 from huoyan.cli.main import run
 from huoyan.errors import InputError, UnsupportedError
+from huoyan.models.checkpoint import Checkpoint
 from huoyan.models.config import parse_model_config
+from huoyan.models.safetensors_header import TensorInfo
 from tests.models.small import CONFIG
 
 MODEL = parse_model_config(CONFIG)
+SMALL = Checkpoint(Path("/m"), MODEL, {})
+LARGE = Checkpoint(Path("/m"), MODEL, {"w": TensorInfo("w", Path("/m/w"), "BF16", (1 << 16, 1 << 15))})
 
 
-def arguments(given: dict[str, Any], device: str = "cuda") -> dict[str, Any]:
+def arguments(given: dict[str, Any], device: str = "cuda", checkpoint: Checkpoint = SMALL) -> dict[str, Any]:
     options = parse_options("m", {"engine": "vllm", **given})
-    return engine_arguments(options, Path("/m"), Path("/t"), MODEL, device)
+    return engine_arguments(options, Path("/t"), checkpoint, device)
 
 
 def test_options_reach_vllm_under_its_names() -> None:
@@ -71,8 +75,18 @@ def test_the_recipes_whole_card_leaves_room_for_cuda() -> None:
 
 def test_dtype_on_a_cpu_is_that_of_the_native_engine() -> None:
     assert arguments({}, "cpu")["dtype"] == "float32"
-    assert arguments({}, "cuda")["dtype"] == "auto"
+    assert arguments({}, "cpu", LARGE)["dtype"] == "bfloat16"
+    assert arguments({"dtype": "float32"}, "cpu", LARGE)["dtype"] == "float32"
+    assert arguments({}, "cuda")["dtype"] == arguments({}, "cuda", LARGE)["dtype"] == "auto"
     assert arguments({"dtype": "bfloat16"}, "cpu")["dtype"] == "bfloat16"
+
+
+def test_layers_shared_out_on_a_cpu_need_what_vllm_compiles() -> None:
+    given = {"pipeline_parallel_size": 2, "enforce_eager": True}
+    assert arguments(given)["enforce_eager"]
+    assert arguments({"pipeline_parallel_size": 2}, "cpu")["pipeline_parallel_size"] == 2
+    with pytest.raises(UnsupportedError, match="leave enforce_eager out"):
+        arguments(given, "cpu")
 
 
 @pytest.mark.parametrize(("device", "words"), [("cpu", "runs on cuda"), ("cuda:1", "CUDA_VISIBLE_DEVICES=1")])

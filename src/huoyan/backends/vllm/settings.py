@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from huoyan.api.options import EngineOptions
-    from huoyan.models.config import ModelConfig
+    from huoyan.models.checkpoint import Checkpoint
 
 MAX_GPU_MEMORY = 0.95
 """vLLM counts neither CUDA itself nor graphs among what it may use, and refuses to start without room for them."""
@@ -40,7 +40,7 @@ def prepare_environment() -> None:
 
 
 def engine_arguments(
-    options: EngineOptions, folder: Path, tokenizer_folder: Path, model: ModelConfig, device: str
+    options: EngineOptions, tokenizer_folder: Path, checkpoint: Checkpoint, device: str
 ) -> dict[str, Any]:
     """The keyword arguments of vLLM's `EngineArgs`.
 
@@ -57,11 +57,21 @@ def engine_arguments(
             f"card, or on a CPU ${CPU_KV_VARIABLE}"
         )
     on_cpu = device == "cpu"
+    if on_cpu and options.pipeline_parallel_size > 1 and options.enforce_eager:
+        raise UnsupportedError(
+            "pipeline_parallel_size with enforce_eager on a CPU: vLLM leaves out there what the second process "
+            "needs, and dies at the first request; leave enforce_eager out"
+        )
     dtype = options.dtype
-    if dtype == "auto" and on_cpu and model.quantization is None:
-        dtype = "float32"
+    # vLLM's own choice would be the checkpoint's; int4 it computes in 16 bits alone.
+    if dtype == "auto" and on_cpu and checkpoint.config.quantization is None:
+        from torch import device as torch_device
+
+        from huoyan.models.weights import resolve_dtype
+
+        dtype = str(resolve_dtype("auto", checkpoint, torch_device("cpu"))).removeprefix("torch.")
     arguments: dict[str, Any] = {
-        "model": str(folder),
+        "model": str(checkpoint.folder),
         "tokenizer": str(tokenizer_folder),
         "dtype": dtype,
         "seed": options.seed,
