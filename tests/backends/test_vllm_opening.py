@@ -69,6 +69,28 @@ def test_every_option_of_vllm_alone_is_passed_or_refused() -> None:
         check_known({"optimization_level": 2}, frozenset({"block_size"}), "9.9")
 
 
+def test_an_executor_that_vllm_does_not_have() -> None:
+    for known in ("mp", "ray", "my.module.Executor", dict):
+        assert arguments({"distributed_executor_backend": known})["distributed_executor_backend"] is known
+    with pytest.raises(InputError, match=r"'gloo' is unknown: use mp .* or ray"):
+        arguments({"distributed_executor_backend": "gloo"})
+
+
+def test_processes_that_share_a_cpu_are_not_bound_to_nodes_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "VLLM_CPU_OMP_THREADS_BIND"
+    for variable in (name, "VLLM_CPU_KVCACHE_SPACE", *settings._ENVIRONMENT):
+        monkeypatch.setenv(variable, "0")
+    monkeypatch.delenv(name)
+    monkeypatch.setattr(settings, "_numa_nodes", lambda: 2)
+    settings.prepare_environment(2)
+    assert name not in os.environ
+    settings.prepare_environment(4)
+    assert os.environ[name] == "nobind"
+    monkeypatch.setenv(name, "0-1|2-3")
+    settings.prepare_environment(4)
+    assert os.environ[name] == "0-1|2-3"
+
+
 def test_the_recipes_whole_card_leaves_room_for_cuda() -> None:
     assert arguments({"gpu_memory_utilization": 1})["gpu_memory_utilization"] == settings.MAX_GPU_MEMORY
 

@@ -41,7 +41,7 @@ def open_vllm(
     version = require_vllm()
     require_plugin()
     checkpoint = open_checkpoint(folder, need_weights=options.load_format != "dummy")
-    prepare_environment()
+    prepare_environment(options.num_devices)
     try:
         from vllm.engine.arg_utils import EngineArgs
         from vllm.platforms import current_platform
