@@ -105,7 +105,10 @@ class Samples(Answering):
     def start(self) -> None:
         logprobs = self.params.logprobs if self.params.logprobs is not None else 0 if self.ranks else None
         made = [
-            (run_id, sample_params(self.params, self._rules, self.max_tokens, i, logprobs))
+            (
+                run_id,
+                sample_params(self.params, self._rules, self.max_tokens, i, logprobs, self.request.streamed),
+            )
             for run_id, i in self._by_run.items()
         ]
         if self.request.pictures:
