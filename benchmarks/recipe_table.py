@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huoyan.bench.opened import NAMED_SHAPES, folder_of
+from huoyan.bench.checkpoint_shapes import NAMED_SHAPES
+from huoyan.bench.opened import folder_of
 from huoyan.bench.requests import slice_patches
 from huoyan.bench.rooflines import Ask, Rooflines
 from huoyan.engine.config import EngineConfig

@@ -110,6 +110,8 @@ class FakeBackend:
                 outputs.append(self._output(request, answer))
             return outputs
 
+    def wake(self) -> None: ...
+
     def close(self) -> None:
         self.closed = True
 
@@ -123,6 +125,28 @@ class FakeBackend:
             answer.finish_reason is not None,
             metrics=RequestMetrics(request.arrival_time, first_token_time=time.monotonic()),
         )
+
+
+class WaitingBackend(FakeBackend):
+    """Computes elsewhere, as vLLM does: a step only waits until it does or `wake` is called. It computes as soon as it
+    has `together` requests."""
+
+    def __init__(self, together: int) -> None:
+        super().__init__()
+        self.together = together
+        self.woken = threading.Event()
+        self.waited_in_vain = False
+
+    def wake(self) -> None:
+        self.woken.set()
+
+    def step(self) -> list[RequestOutput]:
+        if self.together and len(self.running) < self.together and not self.ended:
+            self.waited_in_vain |= not self.woken.wait(10)
+            self.woken.clear()
+            return []
+        self.together = 0
+        return super().step()
 
 
 class _alone:

@@ -14,7 +14,7 @@ import pytest
 from huoyan.api.async_llm import AsyncLLM
 from huoyan.api.sampling_params import SamplingParams
 from huoyan.errors import HuoyanError, InputError
-from tests.api.fakes import FakeBackend, FakeFrontend, fake_runtime
+from tests.api.fakes import FakeBackend, FakeFrontend, WaitingBackend, fake_runtime
 
 PARAMS = SamplingParams(max_tokens=1000)
 LONG = " ".join(["w"] * 900)
@@ -45,6 +45,39 @@ def test_a_stream_grows_and_ends() -> None:
         assert all(later.startswith(earlier) for earlier, later in pairwise(seen))
         assert len(seen) > 1
         llm.shutdown()
+
+    run(body)
+
+
+def test_requests_do_not_wait_for_a_backend_that_waits_itself() -> None:
+    async def body() -> None:
+        backend = WaitingBackend(together=3)
+        llm = open_llm(backend)
+        first = asyncio.create_task(collect(llm, "a b"))
+        await until(lambda: len(backend.running) == 1)
+        left = asyncio.create_task(collect(llm, "a b"))
+        await until(lambda: len(backend.running) == 2)
+        left.cancel()
+        await until(lambda: len(backend.aborted) == 1)
+        rest = asyncio.gather(collect(llm, "c d"), collect(llm, "e f"))
+        assert (await first)[-1] == "a b"
+        assert [seen[-1] for seen in await rest] == ["c d", "e f"]
+        llm.shutdown()
+        assert not backend.waited_in_vain
+
+    run(body)
+
+
+def test_shutdown_does_not_wait_for_a_backend_that_waits_itself() -> None:
+    async def body() -> None:
+        backend = WaitingBackend(together=3)
+        llm = open_llm(backend)
+        asked = asyncio.create_task(collect(llm, "a b"))
+        await until(lambda: len(backend.running) == 1)
+        llm.shutdown()
+        with pytest.raises(HuoyanError):
+            await asked
+        assert not backend.waited_in_vain
 
     run(body)
 

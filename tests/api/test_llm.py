@@ -15,7 +15,7 @@ from huoyan.api.ask import ask_messages
 from huoyan.api.llm import LLM
 from huoyan.api.sampling_params import SamplingParams
 from huoyan.errors import HuoyanError, InputError, UnsupportedError
-from tests.api.fakes import FakeBackend, FakeFrontend, fake_runtime
+from tests.api.fakes import FakeBackend, FakeFrontend, WaitingBackend, fake_runtime
 
 
 def open_llm(backend: FakeBackend | None = None, **options: Any) -> LLM:
@@ -197,6 +197,14 @@ def test_an_interrupt_ends_the_call_and_leaves_the_llm_usable() -> None:
     assert backend.finished_steps == backend.steps == 3
     assert not backend.running
     assert texts(llm.generate(["and on"], PARAMS)) == ["and on"]
+
+
+def test_requests_do_not_wait_for_a_backend_that_waits_itself() -> None:
+    """Those that are prepared later are handed over at once, not after the step that is under way elsewhere."""
+    backend = WaitingBackend(together=12)
+    prompts = [f"{i} a b" + " slow" * (i == 7) for i in range(12)]
+    assert texts(open_llm(backend).generate(prompts, PARAMS)) == prompts
+    assert not backend.waited_in_vain
 
 
 def test_a_failing_backend_is_heard_and_leaves_nothing() -> None:

@@ -55,6 +55,7 @@ class FakeClient:
 
     def add(self, run_id: str, request: EngineRequest, token_ids: list[int], params: Any) -> None:
         assert run_id not in self.runs
+        self.check(request, params)
         assert token_ids[: len(request.prompt.token_ids)] == request.prompt.token_ids
         if "half" in request.request_id and not run_id.endswith("/0"):
             raise InputError("vLLM refuses the request: half of it")
@@ -69,6 +70,8 @@ class FakeClient:
         return bool(self.runs)
 
     def check_alive(self) -> None: ...
+
+    def wake(self) -> None: ...
 
     def close(self) -> None:
         self.closed = True

@@ -82,6 +82,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     module.EngineDeadError = EngineDeadError  # type: ignore[attr-defined]
     for name in ("vllm", "vllm.v1", "vllm.v1.engine"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules["vllm.v1.engine"].EngineCoreOutputs = list  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vllm.v1.engine.exceptions", module)
     monkeypatch.setattr(client_module, "WATCH_SECONDS", 0.01)
     return FakeEngine()
@@ -153,6 +154,29 @@ def test_a_silent_death_wakes_who_waits(engine: FakeEngine) -> None:
     assert not waiting.is_alive()
     assert isinstance(raised[0], EngineDied)
     client.close()
+
+
+def test_a_step_that_waits_is_woken_without_outputs(engine: FakeEngine) -> None:
+    client = opened(engine)
+    found: list[Any] = []
+    waiting = threading.Thread(target=lambda: found.append(client.step()))
+    waiting.start()
+    client.wake()
+    waiting.join(10)
+    assert found == [[[]]]
+    outputs = engine.engine_core.outputs_queue
+    outputs.put("an output")
+    client.wake()
+    assert client.step() == ["an output"]
+    assert outputs.empty()
+    client.close()
+    client.wake()
+    assert outputs.empty()
+
+
+def test_an_engine_in_this_process_needs_no_waking(engine: FakeEngine) -> None:
+    del engine.engine_core.outputs_queue
+    opened(engine).wake()
 
 
 def test_closing_twice_and_afterwards(engine: FakeEngine) -> None:

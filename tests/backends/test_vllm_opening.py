@@ -22,15 +22,19 @@ from huoyan.backends.vllm.messages import is_refusal, one_line
 from huoyan.backends.vllm.settings import check_known, engine_arguments
 from huoyan.cli.main import run
 from huoyan.errors import InputError, UnsupportedError
+from huoyan.models.checkpoint import Checkpoint
 from huoyan.models.config import parse_model_config
+from huoyan.models.safetensors_header import TensorInfo
 from tests.models.small import CONFIG
 
 MODEL = parse_model_config(CONFIG)
+SMALL = Checkpoint(Path("/m"), MODEL, {})
+LARGE = Checkpoint(Path("/m"), MODEL, {"w": TensorInfo("w", Path("/m/w"), "BF16", (1 << 16, 1 << 15))})
 
 
-def arguments(given: dict[str, Any], device: str = "cuda") -> dict[str, Any]:
+def arguments(given: dict[str, Any], device: str = "cuda", checkpoint: Checkpoint = SMALL) -> dict[str, Any]:
     options = parse_options("m", {"engine": "vllm", **given})
-    return engine_arguments(options, Path("/m"), Path("/t"), MODEL, device)
+    return engine_arguments(options, Path("/t"), checkpoint, device)
 
 
 def test_options_reach_vllm_under_its_names() -> None:
@@ -65,14 +69,46 @@ def test_every_option_of_vllm_alone_is_passed_or_refused() -> None:
         check_known({"optimization_level": 2}, frozenset({"block_size"}), "9.9")
 
 
+def test_an_executor_that_vllm_does_not_have() -> None:
+    for known in ("mp", "ray", "my.module.Executor", dict):
+        assert arguments({"distributed_executor_backend": known})["distributed_executor_backend"] is known
+    with pytest.raises(InputError, match=r"'gloo' is unknown: use mp .* or ray"):
+        arguments({"distributed_executor_backend": "gloo"})
+
+
+def test_processes_that_share_a_cpu_are_not_bound_to_nodes_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "VLLM_CPU_OMP_THREADS_BIND"
+    for variable in (name, "VLLM_CPU_KVCACHE_SPACE", *settings._ENVIRONMENT):
+        monkeypatch.setenv(variable, "0")
+    monkeypatch.delenv(name)
+    monkeypatch.setattr(settings, "_numa_nodes", lambda: 2)
+    settings.prepare_environment(2)
+    assert name not in os.environ
+    settings.prepare_environment(4)
+    assert os.environ[name] == "nobind"
+    monkeypatch.setenv(name, "0-1|2-3")
+    settings.prepare_environment(4)
+    assert os.environ[name] == "0-1|2-3"
+
+
 def test_the_recipes_whole_card_leaves_room_for_cuda() -> None:
     assert arguments({"gpu_memory_utilization": 1})["gpu_memory_utilization"] == settings.MAX_GPU_MEMORY
 
 
 def test_dtype_on_a_cpu_is_that_of_the_native_engine() -> None:
     assert arguments({}, "cpu")["dtype"] == "float32"
-    assert arguments({}, "cuda")["dtype"] == "auto"
+    assert arguments({}, "cpu", LARGE)["dtype"] == "bfloat16"
+    assert arguments({"dtype": "float32"}, "cpu", LARGE)["dtype"] == "float32"
+    assert arguments({}, "cuda")["dtype"] == arguments({}, "cuda", LARGE)["dtype"] == "auto"
     assert arguments({"dtype": "bfloat16"}, "cpu")["dtype"] == "bfloat16"
+
+
+def test_layers_shared_out_on_a_cpu_need_what_vllm_compiles() -> None:
+    given = {"pipeline_parallel_size": 2, "enforce_eager": True}
+    assert arguments(given)["enforce_eager"]
+    assert arguments({"pipeline_parallel_size": 2}, "cpu")["pipeline_parallel_size"] == 2
+    with pytest.raises(UnsupportedError, match="leave enforce_eager out"):
+        arguments(given, "cpu")
 
 
 @pytest.mark.parametrize(("device", "words"), [("cpu", "runs on cuda"), ("cuda:1", "CUDA_VISIBLE_DEVICES=1")])

@@ -241,3 +241,35 @@ def test_an_id_is_used_once_at_a_time() -> None:
     run(engine)
     engine.add_request(request("a", [3], params))
     assert run(engine)["a"].finished
+
+
+def test_where_nobody_streams_only_last_outputs_are_made(seed: int) -> None:
+    params = SamplingParams(max_tokens=6, ignore_eos=True)
+    table = Table(seed, 10, 1.0)
+    seen: dict[bool, list[RequestOutput]] = {}
+    for streamed in (True, False):
+        engine = backend(FakeClient(table, seed))
+        asked = [request(name, [3, 4], params) for name in "ab"]
+        for one in asked:
+            one.streamed = streamed
+            engine.add_request(one)
+        seen[streamed] = []
+        while engine.has_unfinished_requests():
+            seen[streamed] += engine.step()
+    assert len(seen[True]) > 2
+    assert [output.finished for output in seen[False]] == [True, True]
+    last = {o.request_id: o.outputs for o in seen[True] if o.finished}
+    assert {o.request_id: o.outputs for o in seen[False]} == last
+
+
+@pytest.mark.parametrize(
+    ("streamed", "stop", "interval"), [(True, None, 1), (False, None, 16), (False, ["."], 1), (False, [], 16)]
+)
+def test_tokens_are_reported_together_where_nobody_waits_for_each(
+    seed: int, streamed: bool, stop: list[str] | None, interval: int
+) -> None:
+    client = FakeClient(Table(seed, 10, 1.0), seed)
+    one = request("a", [3, 4], SamplingParams(max_tokens=6, n=2, stop=stop))
+    one.streamed = streamed
+    backend(client).add_request(one)
+    assert [run.params.stream_interval for run in client.runs.values()] == [interval] * 2

@@ -132,10 +132,11 @@ def test_tokenizer_fills_the_vocabulary(tmp_path: Path) -> None:
 
 
 def test_the_full_shape_is_the_published_one() -> None:
-    from huoyan.bench.random_checkpoint import _config, _total_bytes
+    from huoyan.bench.checkpoint_shapes import config_of
+    from huoyan.bench.random_checkpoint import _total_bytes
     from huoyan.models.config import parse_model_config
 
-    config = parse_model_config(_config(SHAPES["full"], torch.bfloat16, None))
+    config = parse_model_config(config_of(SHAPES["full"], "bfloat16", None))
     total = _total_bytes(config, torch.bfloat16, None)
     assert 8.09e9 < total / 2 < 8.11e9
 

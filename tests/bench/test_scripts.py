@@ -8,7 +8,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -34,6 +34,7 @@ report = script("vs_vllm_report")
 vs_vllm = script("vs_vllm")
 recipe_table = script("recipe_table")
 plan_on_card = script("plan_on_card")
+overhead = script("vllm_overhead")
 LIKELY = 20
 STEPS = 12
 
@@ -273,6 +274,41 @@ def test_the_plan_beside_a_card_is_shown(capsys: pytest.CaptureFixture[str]) -> 
     assert "predicted 100.00%, taken 97.92%; the prediction is +2.13%" in shown
     (each,) = [line for line in shown.splitlines() if "graphs, driver, each" in line]
     assert each.split("|")[3].strip() == "2.0"
+
+
+def test_overhead_is_told_in_pairs_and_within_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, asked = [0.0], []
+
+    def answering(way: str, seconds: float) -> Any:
+        def run(prompts: list[dict[str, Any]]) -> list[Any]:
+            asked.append((way, len(prompts), "multi_modal_data" in prompts[0]))
+            now[0] += seconds
+            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=[1, 2])]) for _ in prompts]
+
+        return run
+
+    clock = SimpleNamespace(
+        perf_counter=lambda: now[0], process_time=lambda: now[0], monotonic=lambda: now[0]
+    )
+    monkeypatch.setattr(overhead, "time", clock)
+    given = SimpleNamespace(rounds=5, seconds=38.0, requests=3, tokens=2)
+    said: list[str] = []
+    ways = {"direct": answering("direct", 4.0), "ours": answering("ours", 5.0)}
+    rows = overhead.measured(ways, ["words", "small"], given, said.append)
+    # Each is warmed up in both ways with as many requests, then who is first alternates.
+    assert asked[:4] == [("direct", 3, False), ("ours", 3, False), ("direct", 3, True), ("ours", 3, True)]
+    assert [way for way, _, _ in asked[4:]] == ["direct", "ours", "direct", "ours"]
+    assert [line for line in said if "no time" in line] == [
+        "words: no time for round 2",
+        "small: no time for round 2",
+    ]
+    summary = rows["words"].summary()
+    assert (summary["rounds"], summary["ratio"]) == (1, pytest.approx(0.8))
+    given.seconds = 1000
+    asked.clear()
+    rows = overhead.measured(ways, ["words"], given, said.append)
+    assert [way for way, _, _ in asked[2:6]] == ["direct", "ours", "ours", "direct"]
+    assert rows["words"].summary()["rounds"] == 5
 
 
 def test_one_engine_that_fails_does_not_take_the_other(tmp_path: Path) -> None:

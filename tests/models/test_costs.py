@@ -152,9 +152,9 @@ def test_an_int8_head_is_what_the_layer_holds(seed: int) -> None:
 
 def test_the_published_sizes_by_hand() -> None:
     """14.14 GB a token in 16 bits and 4.55 in int4; 57 344 bytes of keys and values a token."""
-    from huoyan.bench.random_checkpoint import SHAPES, _config
+    from huoyan.bench.checkpoint_shapes import SHAPES, config_of
 
-    config = parse_model_config(_config(SHAPES["full"], torch.bfloat16, None))
+    config = parse_model_config(config_of(SHAPES["full"], "bfloat16", None))
     assert costs.kv_token_bytes(config.text) == 2 * 28 * 4 * 128 * 2 == 57_344
     dense = costs.decode_step(config, [1], WeightFormat())
     int4 = costs.decode_step(config, [1], WeightFormat(2, 128))

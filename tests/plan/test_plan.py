@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import huoyan as package
-from huoyan.errors import InputError
+from huoyan.errors import InputError, ModelError
 from huoyan.media.types import SliceRules
 from huoyan.planning.cards import CARDS, find_card
 from huoyan.planning.plan import Plan
@@ -51,6 +51,22 @@ def test_int4_as_it_is_and_16_bits_predicted() -> None:
     assert dense.parts.weights == other[0].parts.weights
     # Its groups are finer than those of a prediction.
     assert 0.9 < other[1].parts.weights / int4.parts.weights <= 1
+
+
+def test_sizes_by_name_are_planned_as_a_checkpoint_of_them(tmp_path: Path) -> None:
+    from huoyan.bench.random_checkpoint import write_random_checkpoint
+
+    folder = write_random_checkpoint(tmp_path / "dense", "small")
+    by_name, read = package.plan("small", "1GiB"), package.plan(folder, "1GiB")
+    assert by_name.model == "small"
+    assert by_name.variants == read.variants
+    assert (by_name.context, by_name.request) == (read.context, read.request)
+    folder = write_random_checkpoint(tmp_path / "int4", "small", quantization="awq", dtype="float16")
+    by_name, read = package.plan("small-int4", "1GiB"), package.plan(folder, "1GiB")
+    assert by_name.variants == read.variants
+    (tmp_path / "minicpm-v-2_6").mkdir()
+    with pytest.raises(ModelError):
+        package.plan(tmp_path / "minicpm-v-2_6", "1GiB")
 
 
 def test_tokens_of_a_request_are_the_processor_s(seed: int) -> None:

@@ -98,6 +98,9 @@ def drive(
                     continue
                 future = pool.submit(runtime.frontend.prepare, job.request_id, job.prompt, job.params)
                 preparing[future] = job
+                if not future.done():
+                    # Or a backend that waits for a step would get it a step late.
+                    future.add_done_callback(lambda _: runtime.backend.wake())
             for future in _ready(preparing, block=not running):
                 job = preparing.pop(future)
                 running.add(job.request_id)

@@ -53,27 +53,27 @@ class EngineThread:
             self.check_open()
             if request.request_id in self._sinks:
                 self._new.append(request)
-                self._changed.notify()
+                self._notify()
 
     def release(self, request_id: str) -> None:
         """Forget a request, ending it early if it still runs. Nothing is delivered for it any more."""
         with self._changed:
             if self._sinks.pop(request_id, None) is not None:
                 self._aborted.append(request_id)
-                self._changed.notify()
+                self._notify()
 
     def abort(self, request_id: str) -> None:
         """End a request early; its last output, with finish_reason "abort", is still delivered."""
         with self._changed:
             if request_id in self._sinks:
                 self._aborted.append(request_id)
-                self._changed.notify()
+                self._notify()
 
     def close(self) -> None:
         """End every request, free the device's memory and stop the thread."""
         with self._changed:
             self._closing = True
-            self._changed.notify()
+            self._notify()
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
@@ -89,6 +89,11 @@ class EngineThread:
             raise self.failure
         if self._closing:
             raise InputError("this AsyncLLM has been shut down: make a new one")
+
+    def _notify(self) -> None:
+        """Wake the thread, whichever it waits for: something to do, or a backend that waits itself."""
+        self._changed.notify()
+        self._backend.wake()
 
     def _work(self) -> None:
         try:

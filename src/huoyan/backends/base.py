@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class Backend(Protocol):
-    """One model on one set of devices. Not thread-safe: one thread calls it."""
+    """One model on one set of devices. Not thread-safe: one thread calls it, `wake` apart."""
 
     def add_request(self, request: EngineRequest) -> None:
         """Queue a request. Raises InputError where it can never run (too long, unknown option)."""
@@ -24,6 +24,12 @@ class Backend(Protocol):
         """Run one step and return the state of every request that gained a token or ended in it.
 
         `outputs` are cumulative. An aborted request is returned once, with finish_reason "abort".
+        """
+
+    def wake(self) -> None:
+        """There is something new to hand over: a step that only waits for another process returns at once.
+
+        Any thread may call it. It does nothing where a step computes itself.
         """
 
     def close(self) -> None:

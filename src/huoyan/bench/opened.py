@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     from huoyan.engine.engine import Engine
     from huoyan.models.config import ModelConfig
 
-NAMED_SHAPES = {"minicpm-v-2_6": "full", "small": "small"}
-"""Names of sizes, to be had without a checkpoint; with `-int4` behind them as AutoAWQ would quantize them."""
-
 
 @dataclass
 class Opened:
@@ -88,15 +85,17 @@ class Opened:
 @contextlib.contextmanager
 def folder_of(model: str, load_format: str) -> Iterator[tuple[str, str]]:
     """(what `LLM` opens, its load_format): a named shape becomes a folder without weights as long as this is open."""
-    shape, int4 = (model.removesuffix("-int4"), model.endswith("-int4"))
-    if shape not in NAMED_SHAPES or Path(model).is_dir():
+    from huoyan.bench.checkpoint_shapes import named_shape
+
+    named = named_shape(model)
+    if named is None:
         yield model, load_format
         return
     from huoyan.bench.random_checkpoint import write_weightless_checkpoint
 
     with tempfile.TemporaryDirectory(prefix="huoyan-bench-") as temporary:
         folder = Path(temporary) / model
-        write_weightless_checkpoint(folder, NAMED_SHAPES[shape], quantization="awq" if int4 else None)
+        write_weightless_checkpoint(folder, named[0], quantization=named[1])
         yield str(folder), "dummy"
 
 

@@ -10,13 +10,22 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from huoyan.bench.checkpoint_shapes import (
+    PATCH,
+    SHAPES,
+    CheckpointShape,
+    check_shape,
+    config_of,
+    shape_of,
+    usual_dtype,
+)
 from huoyan.bench.text_files import train_tokenizer, write_json, write_text_files
 from huoyan.errors import HuoyanError, InputError
 from huoyan.layers.linear import Linear
@@ -28,53 +37,8 @@ from huoyan.models.minicpmv import MiniCPMV
 from huoyan.models.weights import DTYPES, random_parameter
 
 SHARD_BYTES = 2_000_000_000
-PATCH = 14
 Progress = Callable[[int, int], None]
 """Called with (bytes written so far, bytes in all)."""
-
-
-@dataclass(frozen=True)
-class CheckpointShape:
-    """Sizes of a MiniCPM-V 2.6; the defaults are the published 8 B model's."""
-
-    hidden_size: int = 3584
-    intermediate_size: int = 18944
-    num_hidden_layers: int = 28
-    num_attention_heads: int = 28
-    num_key_value_heads: int = 4
-    vocab_size: int = 151666
-    max_position_embeddings: int = 32768
-    vision_hidden_size: int = 1152
-    vision_intermediate_size: int = 4304
-    vision_num_hidden_layers: int = 27
-    vision_num_attention_heads: int = 16
-    vision_image_size: int = 980
-    """Pixels a side that the table of learned positions covers."""
-    query_num: int = 64
-    """Embeddings a slice."""
-    scale_resolution: int = 448
-    """Pixels a side of the square that a slice has the area of."""
-    max_slice_nums: int = 9
-    group_size: int = 128
-    """Inputs that share a scale, in int4."""
-
-
-SHAPES = {
-    "full": CheckpointShape(),
-    "small": CheckpointShape(
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=2048,
-        max_position_embeddings=8192,
-        vision_hidden_size=144,
-        vision_intermediate_size=320,
-        vision_num_hidden_layers=3,
-        vision_num_attention_heads=2,
-    ),
-}
 
 
 def write_random_checkpoint(
@@ -104,7 +68,7 @@ def write_random_checkpoint(
         InputError: a wrong name, or sizes that do not fit each other.
     """
     folder = Path(folder)
-    sizes = _shape(shape)
+    sizes = shape_of(shape)
     wanted = _dtype(dtype)
     if quantization not in (None, "awq"):
         raise InputError(f"quantization {quantization!r} is unknown: use awq, or none")
@@ -112,7 +76,7 @@ def write_random_checkpoint(
         raise InputError(f"shard_bytes must be at least 1 (got {shard_bytes})")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists already: give a new folder, or remove it first")
-    _check(sizes, quantization)
+    check_shape(sizes, quantization)
     config = _write_settings(folder, sizes, wanted, quantization, seed)
     model_config = parse_model_config(config)
     group_size = sizes.group_size if quantization else None
@@ -126,9 +90,9 @@ def write_weightless_checkpoint(
     folder: str | Path, shape: str | CheckpointShape, *, quantization: str | None = None, seed: int = 0
 ) -> Path:
     """The same folder without weights, for `load_format="dummy"`, which makes them up on the device."""
-    folder, sizes = Path(folder), _shape(shape)
-    _check(sizes, quantization)
-    dtype = torch.float16 if quantization else torch.bfloat16
+    folder, sizes = Path(folder), shape_of(shape)
+    check_shape(sizes, quantization)
+    dtype = DTYPES[usual_dtype(quantization)]
     write_json(folder / "config.json", _write_settings(folder, sizes, dtype, quantization, seed))
     return folder
 
@@ -138,7 +102,7 @@ def _write_settings(
 ) -> dict[str, Any]:
     """Write everything but the weights and `config.json`, whose contents are returned."""
     tokenizer = train_tokenizer(sizes.vocab_size, seed=seed)
-    config = _config(sizes, dtype, quantization)
+    config = config_of(sizes, str(dtype).removeprefix("torch."), quantization)
     config |= {
         "bos_token_id": tokenizer.token_to_id("<|im_start|>"),
         "eos_token_id": tokenizer.token_to_id("<|im_end|>"),
@@ -155,72 +119,11 @@ def _write_settings(
     return config
 
 
-def _shape(shape: str | CheckpointShape) -> CheckpointShape:
-    if isinstance(shape, CheckpointShape):
-        return shape
-    if shape not in SHAPES:
-        raise InputError(f"shape {shape!r} is unknown: use {' or '.join(SHAPES)}, or a CheckpointShape")
-    return SHAPES[shape]
-
-
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
         raise InputError(f"dtype {name!r} is unknown: use float32, float16 or bfloat16")
     return DTYPES[name]
-
-
-def _check(sizes: CheckpointShape, quantization: str | None) -> None:
-    """What a checkpoint's config cannot say wrong but a shape made up by hand can."""
-    if sizes.hidden_size % 128:
-        raise InputError(f"hidden_size must be a multiple of 128, a resampler head (got {sizes.hidden_size})")
-    if sizes.vision_hidden_size % sizes.vision_num_attention_heads:
-        raise InputError("vision_num_attention_heads must divide vision_hidden_size")
-    inputs = {"hidden_size": sizes.hidden_size, "intermediate_size": sizes.intermediate_size}
-    for name, width in inputs.items():
-        if quantization and width % sizes.group_size:
-            raise InputError(f"{name} must be a multiple of group_size {sizes.group_size} (got {width})")
-
-
-def _config(sizes: CheckpointShape, dtype: torch.dtype, quantization: str | None) -> dict[str, Any]:
-    named = asdict(sizes)
-    vision = {key.removeprefix("vision_"): named.pop(key) for key in list(named) if key.startswith("vision_")}
-    slices, group_size = named.pop("max_slice_nums"), named.pop("group_size")
-    config: dict[str, Any] = {
-        "model_type": "minicpmv",
-        "architectures": ["MiniCPMV"],
-        "version": 2.6,
-        "torch_dtype": str(dtype).removeprefix("torch."),
-        **{key: value for key, value in named.items() if key != "scale_resolution"},
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1000000.0,
-        "max_window_layers": sizes.num_hidden_layers,
-        "use_sliding_window": False,
-        "sliding_window": 131072,
-        "attention_dropout": 0.0,
-        "initializer_range": 0.02,
-        "tie_word_embeddings": False,
-        "use_cache": True,
-        "image_size": sizes.scale_resolution,
-        "patch_size": PATCH,
-        "slice_mode": True,
-        "slice_config": {"max_slice_nums": slices, "patch_size": PATCH, "model_type": "minicpmv"},
-        "drop_vision_last_layer": False,
-        "batch_vision_input": True,
-        "use_image_id": True,
-        "vision_config": {"model_type": "siglip_vision_model", **vision, "patch_size": PATCH},
-    }
-    if quantization:
-        config["quantization_config"] = {
-            "quant_method": "awq",
-            "bits": 4,
-            "group_size": group_size,
-            "zero_point": True,
-            "version": "gemm",
-            "modules_to_not_convert": ["vpm", "resampler"],
-        }
-    return config
 
 
 def _skeleton(config: ModelConfig) -> MiniCPMV:

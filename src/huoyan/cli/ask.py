@@ -11,6 +11,7 @@ from huoyan.cli.options import (
     DeviceOption,
     DtypeOption,
     EngineOption,
+    ExecutorOption,
     GpuMemoryOption,
     HubOption,
     KVCacheDtypeOption,
@@ -72,6 +73,7 @@ def ask(
     engine: EngineOption = "native",
     tensor_parallel_size: TensorParallelOption = 1,
     pipeline_parallel_size: PipelineParallelOption = 1,
+    distributed_executor_backend: ExecutorOption = None,
     kv_cache_dtype: KVCacheDtypeOption = "auto",
     speculative_ngram: SpeculativeNgramOption = None,
     gpu_memory: GpuMemoryOption = None,
@@ -154,6 +156,7 @@ def ask(
         engine=engine,
         tensor_parallel_size=tensor_parallel_size,
         pipeline_parallel_size=pipeline_parallel_size,
+        distributed_executor_backend=distributed_executor_backend,
     )
     sampling = {
         "temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p,

@@ -13,6 +13,7 @@ from huoyan.cli.options import (
     DeviceOption,
     DtypeOption,
     EngineOption,
+    ExecutorOption,
     GpuMemoryOption,
     HubOption,
     KVCacheDtypeOption,
@@ -43,6 +44,7 @@ def batch(
     engine: EngineOption = "native",
     tensor_parallel_size: TensorParallelOption = 1,
     pipeline_parallel_size: PipelineParallelOption = 1,
+    distributed_executor_backend: ExecutorOption = None,
     kv_cache_dtype: KVCacheDtypeOption = "auto",
     speculative_ngram: SpeculativeNgramOption = None,
     gpu_memory: GpuMemoryOption = None,
@@ -93,6 +95,7 @@ def batch(
                     model, hub=hub, revision=revision, device=device, dtype=dtype,
                     max_model_len=max_model_len, max_num_seqs=concurrency, engine=engine, gpu_memory=gpu_memory,
                     tensor_parallel_size=tensor_parallel_size, pipeline_parallel_size=pipeline_parallel_size,
+                    distributed_executor_backend=distributed_executor_backend,
                     kv_cache_dtype=kv_cache_dtype, speculative_config=speculative_config(speculative_ngram),
                 )  # fmt: skip
                 start = time.monotonic()

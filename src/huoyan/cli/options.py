@@ -77,6 +77,13 @@ PipelineParallelOption = Annotated[
         help="GPUs, or groups of them, that share the layers out (vLLM only).",
     ),
 ]  # fmt: skip
+ExecutorOption = Annotated[
+    str | None,
+    typer.Option(
+        "--distributed-executor-backend", metavar="NAME", rich_help_panel=_PANEL, show_default=False,
+        help="How vLLM runs on several GPUs: mp (processes of this machine, its default) or ray (of several).",
+    ),
+]  # fmt: skip
 GpuMemoryOption = Annotated[
     str | None,
     typer.Option(

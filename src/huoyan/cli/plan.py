@@ -25,8 +25,8 @@ def plan(
         str | None,
         typer.Argument(
             metavar="MODEL",
-            help="A folder, a hub name (only its headers are read), or tiny; default $HUOYAN_MODEL, "
-            f"else {DEFAULT_MODEL}.",
+            help="A folder, a hub name (only its headers are read), tiny, or minicpm-v-2_6[-int4], sizes without "
+            f"a checkpoint; default $HUOYAN_MODEL, else {DEFAULT_MODEL}.",
             show_default=False,
         ),
     ] = None,

@@ -192,6 +192,9 @@ class Engine:
             self._end(group)
             self._ended.append(request_output(group, shown))
 
+    def wake(self) -> None:
+        """Nothing to do: a step waits for nobody but the device."""
+
     def has_unfinished_requests(self) -> bool:
         return bool(self._groups or self._ended)
 

@@ -15,6 +15,7 @@ from huoyan.planning.cards import CARDS, Card, find_card, this_card
 from huoyan.planning.memory import Memory, memory
 from huoyan.planning.request_shape import RequestShape, parse_resolution, request_shape
 from huoyan.planning.roofline import Limit, limit
+from huoyan.planning.shapes import published_shapes
 from huoyan.planning.workspace import Way
 
 if TYPE_CHECKING:
@@ -126,6 +127,7 @@ def plan(
     """Say what fits a card, without loading the model: its headers are read, over the network where it is not here.
 
     Args:
+        model: as of `LLM`; or `minicpm-v-2_6` or `minicpm-v-2_6-int4`, the published sizes without any checkpoint.
         gpu: memory ("24GiB" or bytes), a card's name ("RTX 4090"), or "auto" for the one of this machine; None is
             "auto" where there is one, else 24 GiB.
         images, resolution, max_tokens: of the requests whose number is wanted.
@@ -136,9 +138,16 @@ def plan(
         ModelError: no such model, or its headers cannot be read.
         InputError: an unknown card, or a request that cannot be.
     """
+    from huoyan.bench.checkpoint_shapes import named_shape, sizes_of
     from huoyan.media.slicing import MAX_SLICE_GROWTH
 
-    config, shapes, rules = open_shapes(model, hub=hub, revision=revision, cache_dir=cache_dir)
+    named = named_shape(model)
+    if named is None:
+        config, shapes, rules = open_shapes(model, hub=hub, revision=revision, cache_dir=cache_dir)
+        is_int4 = any(name.endswith((".qweight", ".weight_packed")) for name in shapes)
+    else:
+        config, rules = sizes_of(*named)
+        shapes, is_int4 = published_shapes(config), named[1] is not None
     card = _card(gpu)
     if isinstance(resolution, str):
         resolution = parse_resolution(resolution)
@@ -151,7 +160,6 @@ def plan(
         kv_cache_dtype=kv_cache_dtype,
         max_slice_patches=patches,
     )
-    is_int4 = any(name.endswith((".qweight", ".weight_packed")) for name in shapes)
     return Plan(
         model=os.fspath(model),
         card=card.name,

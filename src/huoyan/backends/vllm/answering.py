@@ -105,10 +105,15 @@ class Samples(Answering):
     def start(self) -> None:
         logprobs = self.params.logprobs if self.params.logprobs is not None else 0 if self.ranks else None
         made = [
-            (run_id, sample_params(self.params, self._rules, self.max_tokens, i, logprobs))
+            (
+                run_id,
+                sample_params(self.params, self._rules, self.max_tokens, i, logprobs, self.request.streamed),
+            )
             for run_id, i in self._by_run.items()
         ]
-        self._client.check(self.request, made[0][1])
+        if self.request.pictures:
+            # `add` would tell vLLM's cache of pictures that then are not sent; without any it checks by itself.
+            self._client.check(self.request, made[0][1])
         for run_id, params in made:
             self._client.add(run_id, self.request, self.request.prompt.token_ids, params)
             self.runs.add(run_id)

@@ -114,10 +114,15 @@ class VllmBackend:
         outputs, self._ended = self._ended, []
         for request_id, answering in changed.items():
             if request_id in self._requests:
-                outputs.append(self._output(answering, shown_answers(answering)))
+                if answering.request.streamed or answering.finished:
+                    outputs.append(self._output(answering, shown_answers(answering)))
                 if answering.finished:
                     del self._requests[request_id]
         return outputs
+
+    def wake(self) -> None:
+        """Let a step that waits for vLLM return; any thread may call this."""
+        self._client.wake()
 
     def close(self) -> None:
         """End vLLM. The backend cannot be used afterwards."""

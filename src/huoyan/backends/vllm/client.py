@@ -35,7 +35,10 @@ class Client:
         self._closed = threading.Event()
         self._failure: EngineDied | None = None
         core = engine.engine_core
+        self._outputs: Any = None
+        """Where vLLM's engine process leaves its outputs; None where the engine is in this process."""
         if hasattr(core, "outputs_queue") and hasattr(core, "resources"):
+            self._outputs = core.outputs_queue
             # It must not keep alive what it watches: a model that is dropped takes its processes along.
             watched = (self._closed, core.resources, core.outputs_queue)
             threading.Thread(target=_watch, args=watched, name="huoyan-vllm-watch", daemon=True).start()
@@ -74,6 +77,18 @@ class Client:
             return list(self._engine.step())
         except Exception as error:
             raise self._died(error) from error
+
+    def wake(self) -> None:
+        """Let a `step` that waits return without outputs; any thread may call this.
+
+        What comes while it waits would otherwise reach vLLM one of its steps late.
+        """
+        outputs = self._outputs
+        # Where something is there already, `step` returns anyway.
+        if outputs is not None and not self._closed.is_set() and outputs.empty():
+            from vllm.v1.engine import EngineCoreOutputs
+
+            outputs.put_nowait(EngineCoreOutputs())
 
     def check_alive(self) -> None:
         """Raises EngineDied where a call has found that out."""

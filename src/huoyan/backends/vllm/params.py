@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 MAX_TEMPERATURE = 2.0
 """vLLM's."""
+TOKENS_AT_ONCE = 16
+"""That vLLM reports together where nobody reads them one by one: an object a token is most of what its reports cost.
+Few enough that turning the last of them into text, which nothing hides, takes no time that matters."""
 
 
 def check_supported(params: SamplingParams) -> None:
@@ -33,16 +36,24 @@ def check_supported(params: SamplingParams) -> None:
 
 
 def sample_params(
-    params: SamplingParams, rules: StopRules, max_tokens: int, index: int, logprobs: int | None
+    params: SamplingParams,
+    rules: StopRules,
+    max_tokens: int,
+    index: int,
+    logprobs: int | None,
+    streamed: bool = True,
 ) -> Any:
     """vLLM's parameters for the `index`-th answer.
 
     Args:
         max_tokens: tokens it may have.
         logprobs: likeliest tokens to report; 0 reports the chosen one alone, None nothing.
+        streamed: whether each token is wanted as soon as it is there.
     """
     return _make(
         rules,
+        # A stop string is to be seen before more is generated behind it.
+        stream_interval=1 if streamed or params.stop else TOKENS_AT_ONCE,
         max_tokens=max_tokens,
         min_tokens=min(params.min_tokens, max_tokens),
         presence_penalty=params.presence_penalty,
@@ -89,6 +100,9 @@ def vllm_params(**fields: Any) -> Any:
     from vllm import SamplingParams as VllmParams
     from vllm.sampling_params import RequestOutputKind
 
+    if fields.get("stream_interval", 1) == 1 or not hasattr(VllmParams, "stream_interval"):
+        # vLLM 0.26 has it for the whole engine only.
+        fields.pop("stream_interval", None)
     return VllmParams(
         ignore_eos=True,
         detokenize=False,

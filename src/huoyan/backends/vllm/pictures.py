@@ -28,6 +28,8 @@ class PictureInputs:
         self._rules = rules
         self._dtype = dtype
         self._cache = cache
+        self._places: tuple[Sequence[PictureSlot], list[Any]] = ((), [])
+        """Of the request that was asked for last: it is checked, then sent, and each beam asks again."""
 
     def prompt(self, request: EngineRequest, token_ids: list[int], *, send: bool) -> dict[str, Any]:
         """vLLM's rendered prompt for `token_ids`, which begin with the request's own.
@@ -46,8 +48,15 @@ class PictureInputs:
             "prompt_token_ids": token_ids,
             "mm_kwargs": {"image": items},
             "mm_hashes": {"image": keys},
-            "mm_placeholders": {"image": [placeholder(slot) for slot in request.prompt.slots]},
+            "mm_placeholders": {"image": self._placeholders(request.prompt.slots)},
         }
+
+    def _placeholders(self, slots: Sequence[PictureSlot]) -> list[Any]:
+        known, places = self._places
+        if known is not slots:
+            places = [placeholder(slot) for slot in slots]
+            self._places = slots, places
+        return list(places)
 
     def _cached(self, picture: PreparedPicture, key: str) -> Any:
         cache = self._cache

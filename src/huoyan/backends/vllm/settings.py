@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huoyan.engine.sizing import CPU_KV_VARIABLE, total_memory
@@ -11,14 +12,13 @@ from huoyan.errors import InputError, UnsupportedError
 from huoyan.planning.sizes import GIB, MIB
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from huoyan.api.options import EngineOptions
-    from huoyan.models.config import ModelConfig
+    from huoyan.models.checkpoint import Checkpoint
 
 MAX_GPU_MEMORY = 0.95
 """vLLM counts neither CUDA itself nor graphs among what it may use, and refuses to start without room for them."""
 
+_EXECUTORS = ("mp", "ray", "uni", "external_launcher")
 _ENVIRONMENT = {
     # Answers go to standard output, and nothing else does.
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",
@@ -31,16 +31,22 @@ _ENVIRONMENT = {
 }
 
 
-def prepare_environment() -> None:
-    """Set what vLLM reads from the environment when it is imported; what is set already stays."""
+def prepare_environment(processes: int = 1) -> None:
+    """Set what vLLM reads from the environment when it is imported; what is set already stays.
+
+    `processes`: those that share the model.
+    """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    if processes > _numa_nodes():
+        # On a CPU vLLM wants a NUMA node for each, unless it is told to bind no threads.
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(_cpu_cache_gib())
 
 
 def engine_arguments(
-    options: EngineOptions, folder: Path, tokenizer_folder: Path, model: ModelConfig, device: str
+    options: EngineOptions, tokenizer_folder: Path, checkpoint: Checkpoint, device: str
 ) -> dict[str, Any]:
     """The keyword arguments of vLLM's `EngineArgs`.
 
@@ -56,12 +62,23 @@ def engine_arguments(
             "gpu_memory is the native engine's: with engine='vllm' give gpu_memory_utilization, a fraction of the "
             f"card, or on a CPU ${CPU_KV_VARIABLE}"
         )
+    _check_executor(options.vllm_options.get("distributed_executor_backend"))
     on_cpu = device == "cpu"
+    if on_cpu and options.pipeline_parallel_size > 1 and options.enforce_eager:
+        raise UnsupportedError(
+            "pipeline_parallel_size with enforce_eager on a CPU: vLLM leaves out there what the second process "
+            "needs, and dies at the first request; leave enforce_eager out"
+        )
     dtype = options.dtype
-    if dtype == "auto" and on_cpu and model.quantization is None:
-        dtype = "float32"
+    # vLLM's own choice would be the checkpoint's; int4 it computes in 16 bits alone.
+    if dtype == "auto" and on_cpu and checkpoint.config.quantization is None:
+        from torch import device as torch_device
+
+        from huoyan.models.weights import resolve_dtype
+
+        dtype = str(resolve_dtype("auto", checkpoint, torch_device("cpu"))).removeprefix("torch.")
     arguments: dict[str, Any] = {
-        "model": str(folder),
+        "model": str(checkpoint.folder),
         "tokenizer": str(tokenizer_folder),
         "dtype": dtype,
         "seed": options.seed,
@@ -105,6 +122,19 @@ def _check_device(asked: str, device: str) -> None:
         raise InputError(
             f"device {asked!r}: vLLM takes the first cards it sees; set CUDA_VISIBLE_DEVICES={index} instead"
         )
+
+
+def _check_executor(asked: object) -> None:
+    """vLLM takes what is none of its names for the path of a class, and says of `gloo` what unpacking it said."""
+    if isinstance(asked, str) and asked not in _EXECUTORS and "." not in asked:
+        raise InputError(
+            f"distributed_executor_backend {asked!r} is unknown: use mp (processes of this machine) or "
+            "ray (of several)"
+        )
+
+
+def _numa_nodes() -> int:
+    return sum(1 for _ in Path("/sys/devices/system/node").glob("node[0-9]*")) or 1
 
 
 def _cpu_cache_gib() -> int:

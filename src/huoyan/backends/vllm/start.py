@@ -40,8 +40,8 @@ def open_vllm(
 
     version = require_vllm()
     require_plugin()
-    model = open_checkpoint(folder, need_weights=options.load_format != "dummy").config
-    prepare_environment()
+    checkpoint = open_checkpoint(folder, need_weights=options.load_format != "dummy")
+    prepare_environment(options.num_devices)
     try:
         from vllm.engine.arg_utils import EngineArgs
         from vllm.platforms import current_platform
@@ -54,11 +54,11 @@ def open_vllm(
         ) from error
     known = frozenset(field.name for field in dataclasses.fields(EngineArgs))
     check_known(options.vllm_options, known, version)
-    arguments = engine_arguments(options, folder, tokenizer_folder, model, current_platform.device_type)
+    arguments = engine_arguments(options, tokenizer_folder, checkpoint, current_platform.device_type)
     logger.info("starting vLLM %s on %s", version, current_platform.device_type)
     with children_ignore_ctrl_c():
         engine = _start(LLMEngine, EngineArgs, arguments, options.model)
-    return over_engine(engine, folder, model, frontend, options.max_num_seqs)
+    return over_engine(engine, folder, checkpoint.config, frontend, options.max_num_seqs)
 
 
 def over_engine(
