@@ -19,7 +19,7 @@ from huoyan.layers.int4 import Int4Weight
 from huoyan.layers.rope import RotaryTable
 from huoyan.models.qwen2 import DecoderLayer
 from huoyan.quantize.causal import CausalAttention
-from huoyan.quantize.compensate import gram, round_compensated
+from huoyan.quantize.compensate import damp_, fit_scales, gram, round_compensated
 from huoyan.quantize.rounding import fake_quantize, group_range, round_to_int4
 
 GRID = 20
@@ -118,8 +118,9 @@ def quantize_layer(
         linear = layer.get_submodule(name)
         dense = linear.get_parameter("weight")
         if options.compensate:
-            products = gram(_module_inputs(layer, quantized or inputs, name))
+            products = damp_(gram(_module_inputs(layer, quantized or inputs, name)))
             weight = round_compensated(dense, products, options.group_size, shrinks.get(name))
+            weight = fit_scales(dense, products, weight)
         else:
             weight = round_to_int4(dense.float(), options.group_size, shrinks.get(name))
         dense.copy_(weight.dequantize())
