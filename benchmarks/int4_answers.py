@@ -1,28 +1,31 @@
 """What four bits cost `tiny`, over thousands of questions: only the decoder differs, so pictures are encoded once.
 
-    python benchmarks/int4_answers.py NAME=CHECKPOINT … [--examples 100] [--first 0] [--seconds 600]
+    python benchmarks/int4_answers.py [NAME=CHECKPOINT …] [--ways WAYS] [--examples 100] [--first 0] [--seconds 600]
 
-The first column is `tiny` in 16 bits. Questions are held-out drawings as in `int4_quality.py`. One pass over the
-reference answers gives perplexity, the divergence and agreement of tokens, and whether the answer is right: where the
-likeliest token is the reference's at every position, greedy decoding would have said it. Descriptions that are not
-the reference word for word are decoded greedily and scored by their facts. All in float32. In brackets: difference
-from 16 bits with its standard error, taken question by question; the questions about one drawing count as one draw.
+The first column is `tiny` in 16 bits; then come the ways of `int4_quality.py`, made here, and checkpoints that are
+there already. Questions are held-out drawings as in `int4_quality.py`. One pass over the reference answers gives
+perplexity, the divergence and agreement of tokens, and whether the answer is right: where the likeliest token is the
+reference's at every position, greedy decoding would have said it. Descriptions that are not the reference word for
+word are decoded greedily and scored by their facts. All in float32. In brackets: difference from 16 bits with its
+standard error, taken question by question; the questions about one drawing count as one draw.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import tempfile
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, scaled_dot_product_attention
 
-from int4_quality import FAMILIES, Asked, markdown, questions, score_rows
+from int4_quality import FAMILIES, WAYS, Asked, made, markdown, questions, score_rows
 
 
 @dataclass
@@ -205,7 +208,10 @@ def table(columns: list[Column], asked: list[Asked], tokens: int) -> str:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("checkpoints", nargs="+", metavar="NAME=CHECKPOINT")
+    p.add_argument("checkpoints", nargs="*", metavar="NAME=CHECKPOINT")
+    p.add_argument("--ways", default="", help=f"made first, separated by semicolons: {'; '.join(WAYS)}")
+    p.add_argument("--items", type=int, default=64, help="calibration items of the ways")
+    p.add_argument("--group-size", type=int, default=64, help="of the ways")
     p.add_argument("--model", default="tiny")
     p.add_argument("--examples", type=int, default=100, help="drawings of each family")
     p.add_argument("--first", type=int, default=0, help="number of the first drawing")
@@ -219,12 +225,15 @@ def main() -> None:
     from huoyan_training.families import FAMILIES as ALL
 
     numbers = [list(ALL).index(family) for family in a.families.split(",")]
-    begin = time.monotonic()
     named = [("16 bits", a.model), *((n, path) for n, _, path in (c.partition("=") for c in a.checkpoints))]
-    columns = [
-        Column(name, load_model(open_checkpoint(resolve_model(path)), dtype="float32"))
-        for name, path in named
-    ]
+    with tempfile.TemporaryDirectory() as scratch:
+        ways = [way for way in a.ways.split(";") if way]
+        named[1:1] = made(ways, a.model, Path(scratch), a.group_size, a.items)
+        columns = [
+            Column(name, load_model(open_checkpoint(resolve_model(path)), dtype="float32"))
+            for name, path in named
+        ]
+    begin = time.monotonic()
     processor = PromptProcessor.from_folder(resolve_model(a.model))
     asked: list[Asked] = []
     tokens = 0

@@ -100,7 +100,8 @@ def _fitted(weight: Tensor, products: Tensor, q: Tensor, scales: Tensor, zeros: 
         between[:, g] = ((steps[:, g] @ part).unflatten(1, (groups, -1)) * steps).sum(-1)
 
     def error(s: Tensor) -> Tensor:
-        return ((between @ s.unsqueeze(-1)).squeeze(-1) * s - 2 * s * wanted).sum(-1)
+        total: Tensor = ((between @ s.unsqueeze(-1)).squeeze(-1) * s - 2 * s * wanted).sum(-1)
+        return total
 
     # A group of zeros alone has no scale of its own: a little weight on the old ones decides.
     little = 1e-5 * between.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True) + 1e-20
