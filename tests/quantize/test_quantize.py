@@ -25,7 +25,7 @@ from huoyan.models.weights import load_model
 from huoyan.quantize import compensate as compensate_module
 from huoyan.quantize import run as run_module
 from huoyan.quantize.awq import SHRINKS, LayerInputs, best_shrink
-from huoyan.quantize.calibration import CalibrationItem, read_calibration
+from huoyan.quantize.calibration import SHARES, CalibrationItem, EncodedItem, read_calibration, token_weights
 from huoyan.quantize.compensate import damp_, fit_scales, gram, round_compensated
 from huoyan.quantize.rounding import fake_quantize, round_to_int4
 from huoyan.quantize.run import quantize
@@ -452,9 +452,8 @@ def test_compensated_rounding_against_one_input_at_a_time(seed: int) -> None:
 def test_compensated_rounding_of_inputs_apart_is_plain(seed: int) -> None:
     g = torch.Generator().manual_seed(seed)
     weight = torch.randn(24, 64, generator=g)
-    shrink = torch.rand(24, 2, generator=g) / 2 + 0.5
-    plain = round_to_int4(weight, 32, shrink)
-    apart = round_compensated(weight, torch.diag(torch.rand(64, generator=g) + 0.5), 32, shrink)
+    plain = round_to_int4(weight, 32)
+    apart = round_compensated(weight, torch.diag(torch.rand(64, generator=g) + 0.5), 32)
     assert torch.equal(apart.q, plain.q)
     assert torch.equal(apart.zeros, plain.zeros)
 
@@ -469,6 +468,31 @@ def test_dead_inputs_can_be_inverted(seed: int) -> None:
     for int4 in (rounded := round_compensated(weight, products, 32), fit_scales(weight, products, rounded)):
         assert torch.isfinite(int4.dequantize()).all()
         assert (int4.dequantize()[3] == 0).all()
+
+
+def test_products_of_tokens_that_count_more(seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    x, times = torch.randn(40, 16, generator=g), torch.randint(0, 4, (40,), generator=g)
+    times[0] = 2
+    torch.testing.assert_close(gram(x, times.float()), gram(x.repeat_interleave(times, 0)))
+
+
+def test_kinds_of_tokens_have_their_shares(seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    items, kinds = [], []
+    for _ in range(5):
+        words, pieces, answer = torch.randint(2, 20, (3,), generator=g).tolist()
+        item = EncodedItem([0] * (pieces + words + answer), pieces + words)
+        item.is_text = torch.arange(len(item.token_ids)) >= pieces
+        items.append(item)
+        # The last word of the question foretells the answer's first.
+        kinds += [2] * pieces + [1] * (words - 1) + [0] * (answer + 1)
+    weights = token_weights(items)
+    for kind, share in enumerate(SHARES):
+        own = weights[torch.tensor(kinds) == kind]
+        assert float(own.sum() / weights.sum()) == pytest.approx(share, rel=1e-4)
+        assert len(own.unique()) == 1
+    assert float(weights.mean()) == pytest.approx(1)
 
 
 def test_fitted_scales_against_least_squares(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,12 +20,14 @@ _BLOCK = 128
 _CHUNK_VALUES = 2**27
 
 
-def gram(x: Tensor) -> Tensor:
-    """Mean products of the inputs x [T, in] -> float32 [in, in]."""
+def gram(x: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean products of the inputs x [T, in], of `weights` [T] or all alike -> float32 [in, in]."""
     total = torch.zeros(x.shape[1], x.shape[1], device=x.device)
-    for part in x.split(8192):
-        total.addmm_(part.float().T, part.float())
-    return total / len(x)
+    if weights is None:
+        weights = torch.ones(len(x), device=x.device)
+    for part, weight in zip(x.split(8192), weights.split(8192), strict=True):
+        total.addmm_((part.float() * weight.unsqueeze(1)).T, part.float())
+    return total.div_(weights.sum())
 
 
 def damp_(products: Tensor) -> Tensor:
@@ -35,17 +37,14 @@ def damp_(products: Tensor) -> Tensor:
     return products
 
 
-def round_compensated(
-    weight: Tensor, products: Tensor, group_size: int, shrink: Tensor | None = None
-) -> Int4Weight:
+def round_compensated(weight: Tensor, products: Tensor, group_size: int) -> Int4Weight:
     """Int4 of weight [out, in] whose products with inputs of mean products [in, in] stay near the float ones.
 
     Args:
         products: damped, see `damp_`.
-        shrink: [out, in / group_size] in (0, 1]: how much of each group's range is kept.
     """
     width = weight.shape[1]
-    scales, zeros = group_parameters(weight.float(), group_size, shrink)
+    scales, zeros = group_parameters(weight.float(), group_size, None)
     order = products.diagonal().argsort()
     left = weight.float()[:, order]
     q = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
