@@ -1,28 +1,31 @@
 """What four bits cost `tiny`, over thousands of questions: only the decoder differs, so pictures are encoded once.
 
-    python benchmarks/int4_answers.py NAME=CHECKPOINT … [--examples 100] [--first 0] [--seconds 600]
+    python benchmarks/int4_answers.py [NAME=CHECKPOINT …] [--ways WAYS] [--examples 100] [--first 0] [--seconds 600]
 
-The first column is `tiny` in 16 bits. Questions are held-out drawings as in `int4_quality.py`. One pass over the
-reference answers gives perplexity, the divergence and agreement of tokens, and whether the answer is right: where the
-likeliest token is the reference's at every position, greedy decoding would have said it. Descriptions that are not
-the reference word for word are decoded greedily and scored by their facts. All in float32. In brackets: difference
-from 16 bits with its standard error, taken question by question; the questions about one drawing count as one draw.
+The first column is `tiny` in 16 bits; then come the ways of `int4_quality.py`, made here, and checkpoints that are
+there already. Questions are held-out drawings as in `int4_quality.py`. One pass over the reference answers gives
+perplexity, the divergence and agreement of tokens, and whether the answer is right: where the likeliest token is the
+reference's at every position, greedy decoding would have said it. Descriptions that are not the reference word for
+word are decoded greedily and scored by their facts. All in float32. In brackets: difference from 16 bits with its
+standard error, taken question by question; the questions about one drawing count as one draw.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import tempfile
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, scaled_dot_product_attention
 
-from int4_quality import FAMILIES, Asked, markdown, questions, score_rows
+from int4_quality import FAMILIES, WAYS, Asked, made, markdown, questions, score_rows
 
 
 @dataclass
@@ -89,15 +92,38 @@ def greedy(model: Any, prompts: list[Tensor], end: int, most: int = 96) -> list[
     return out
 
 
-def take(columns: list[Column], asked: list[Asked], processor: Any, pictures: dict[Any, Any]) -> list[Asked]:
-    """Ask a few questions of all columns; returns those that were short enough."""
+class Branches:
+    """Attention of packed trees: a beginning, then endings that each see the beginning and their own past."""
+
+    def __init__(self, trees: list[tuple[int, list[int]]]) -> None:
+        self.masks = []
+        for beginning, endings in trees:
+            mask = torch.zeros(beginning + sum(endings), beginning + sum(endings), dtype=torch.bool)
+            mask[:, :beginning] = True
+            at = beginning
+            for n in endings:
+                mask[at : at + n, at : at + n] = True
+                at += n
+            self.masks.append(mask.tril())
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        sizes = [len(mask) for mask in self.masks]
+        pieces = zip(
+            self.masks, *(t.transpose(0, 1)[None].split(sizes, dim=2) for t in (q, k, v)), strict=True
+        )
+        outs = (
+            scaled_dot_product_attention(*one, attn_mask=mask, enable_gqa=True)[0] for mask, *one in pieces
+        )
+        return torch.cat([out.transpose(0, 1) for out in outs])
+
+
+def encoded_items(model: Any, asked: list[Asked], processor: Any) -> list[Any]:
+    """What the decoder sees of each question; the pictures of a drawing are encoded once."""
     from huoyan import Picture
     from huoyan.quantize.calibration import CalibrationItem, encode_items
-    from huoyan.quantize.causal import CausalAttention
-    from tiny_trainer.scoring import DESCRIPTIONS, score
 
-    model = columns[0].model
-    items, kept = [], []
+    pictures: dict[Any, Any] = {}
+    items = []
     for a in asked:
         one = CalibrationItem(a.question, tuple(Picture(p) for p in a.pictures), a.reference)
         ((item, slots, prepared),) = encode_items([one], processor, 2048)
@@ -109,23 +135,47 @@ def take(columns: list[Column], asked: list[Asked], processor: Any, pictures: di
                 x[offset : offset + slot.length] = piece
         item.embeddings = x
         items.append(item)
-        kept.append(a)
-    lengths = [len(i.token_ids) for i in items]
-    begins = torch.tensor([0, *lengths]).cumsum(0).tolist()
-    rows = torch.cat(
-        [
-            torch.arange(b + i.answer_start - 1, b + n - 1)
-            for i, b, n in zip(items, begins, lengths, strict=False)
-        ]
-    )
-    counts = [n - i.answer_start for i, n in zip(items, lengths, strict=True)]
+    return items
+
+
+def packed(items: list[Any], drawings: list[int]) -> tuple[Tensor, Tensor, Branches, Tensor]:
+    """Embeddings, positions and attention of all items, where those about one drawing, which come together, share
+    how they begin; then the rows that foretell answers, item by item."""
+    parts: list[Tensor] = []
+    positions: list[Tensor] = []
+    rows: list[Tensor] = []
+    trees: list[tuple[int, list[int]]] = []
+    at = 0
+    for drawing in dict.fromkeys(drawings):
+        own = [item for item, d in zip(items, drawings, strict=True) if d == drawing]
+        same = min(item.answer_start for item in own) - 1
+        while any(item.token_ids[:same] != own[0].token_ids[:same] for item in own):
+            same -= 1
+        parts.append(own[0].embeddings[:same])
+        positions.append(torch.arange(same))
+        at += same
+        for item in own:
+            n = len(item.token_ids)
+            parts.append(item.embeddings[same:])
+            positions.append(torch.arange(same, n))
+            rows.append(torch.arange(item.answer_start - 1, n - 1) + (at - same))
+            at += n - same
+        trees.append((same, [len(item.token_ids) - same for item in own]))
+    return torch.cat(parts), torch.cat(positions), Branches(trees), torch.cat(rows)
+
+
+def take(columns: list[Column], asked: list[Asked], processor: Any) -> None:
+    """Ask a few questions of all columns."""
+    from tiny_trainer.scoring import DESCRIPTIONS, score
+
+    items = encoded_items(columns[0].model, asked, processor)
+    x, positions, attend, rows = packed(items, [a.drawing for a in asked])
+    counts = [len(i.token_ids) - i.answer_start for i in items]
     targets = torch.cat([torch.tensor(i.token_ids[i.answer_start :]) for i in items])
-    packed = torch.cat([i.embeddings for i in items])
-    positions = torch.cat([torch.arange(n) for n in lengths])
     end = processor.tokenizer.token_to_id("<|im_end|>")
     base: Tensor | None = None
     for column in columns:
-        hidden = column.model.decoder(packed, positions, CausalAttention(lengths))
+        hidden = column.model.decoder(x, positions, attend)
         logs = log_softmax(column.model.logits(hidden[rows]).float(), -1)
         if base is None:
             base = logs
@@ -135,16 +185,15 @@ def take(columns: list[Column], asked: list[Asked], processor: Any, pictures: di
         column.agreed += int((best == base.argmax(-1)).sum())
         right = [bool(r.all()) for r in (best == targets).split(counts)]
         column.same += sum(bool(s.all()) for s in (best == base.argmax(-1)).split(counts))
-        loose = [i for i, a in enumerate(kept) if not right[i] and a.task in DESCRIPTIONS]
+        loose = [i for i, a in enumerate(asked) if not right[i] and a.task in DESCRIPTIONS]
         said: dict[int, str] = {}
         if loose:
             prompts = [items[i].embeddings[: items[i].answer_start] for i in loose]
             for i, tokens in zip(loose, greedy(column.model, prompts, end), strict=True):
                 said[i] = processor.tokenizer.decode(tokens)
-        for i, a in enumerate(kept):
+        for i, a in enumerate(asked):
             value = score(a.task, a.language, said[i], a.reference) if i in said else float(right[i])
             column.scores[a.task].append(value)
-    return kept
 
 
 def table(columns: list[Column], asked: list[Asked], tokens: int) -> str:
@@ -159,7 +208,10 @@ def table(columns: list[Column], asked: list[Asked], tokens: int) -> str:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("checkpoints", nargs="+", metavar="NAME=CHECKPOINT")
+    p.add_argument("checkpoints", nargs="*", metavar="NAME=CHECKPOINT")
+    p.add_argument("--ways", default="", help=f"made first, separated by semicolons: {'; '.join(WAYS)}")
+    p.add_argument("--items", type=int, default=64, help="calibration items of the ways")
+    p.add_argument("--group-size", type=int, default=64, help="of the ways")
     p.add_argument("--model", default="tiny")
     p.add_argument("--examples", type=int, default=100, help="drawings of each family")
     p.add_argument("--first", type=int, default=0, help="number of the first drawing")
@@ -173,12 +225,15 @@ def main() -> None:
     from huoyan_training.families import FAMILIES as ALL
 
     numbers = [list(ALL).index(family) for family in a.families.split(",")]
-    begin = time.monotonic()
     named = [("16 bits", a.model), *((n, path) for n, _, path in (c.partition("=") for c in a.checkpoints))]
-    columns = [
-        Column(name, load_model(open_checkpoint(resolve_model(path)), dtype="float32"))
-        for name, path in named
-    ]
+    with tempfile.TemporaryDirectory() as scratch:
+        ways = [way for way in a.ways.split(";") if way]
+        named[1:1] = made(ways, a.model, Path(scratch), a.group_size, a.items)
+        columns = [
+            Column(name, load_model(open_checkpoint(resolve_model(path)), dtype="float32"))
+            for name, path in named
+        ]
+    begin = time.monotonic()
     processor = PromptProcessor.from_folder(resolve_model(a.model))
     asked: list[Asked] = []
     tokens = 0
@@ -187,9 +242,9 @@ def main() -> None:
             break
         with torch.inference_mode():
             wanted = [q for q in questions(1, drawing) if q.drawing // 100_000 % 100 in numbers]
-            some = take(columns, wanted, processor, {})
-        asked += some
-        tokens += sum(len(processor.tokenizer.encode_plain(q.reference)) + 1 for q in some)
+            take(columns, wanted, processor)
+        asked += wanted
+        tokens += sum(len(processor.tokenizer.encode_plain(q.reference)) + 1 for q in wanted)
     print(table(columns, asked, tokens))
     drawn = len({q.drawing for q in asked}) // len(numbers)
     print(f"\n{drawn} drawings of a family; {len(asked)} questions; {time.monotonic() - begin:.0f} s")

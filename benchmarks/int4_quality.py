@@ -81,6 +81,22 @@ def questions(examples: int, first: int) -> list[Asked]:
     return out
 
 
+def made(
+    ways: Sequence[str], model: str, scratch: Path, group_size: int, items: int
+) -> list[tuple[str, str]]:
+    """(way, folder) of `model` quantized in each way with one calibration set."""
+    from huoyan.quantize.run import quantize
+    from make_calibration import write
+
+    lines = write(scratch / "calibration", items) if ways else None
+    out = []
+    for i, name in enumerate(ways):
+        folder = scratch / str(i)
+        quantize(model, folder, group_size=group_size, calibration=lines, device="cpu", **WAYS[name])
+        out.append((name, str(folder)))
+    return out
+
+
 def measure(name: str, folder: str, asked: list[Asked]) -> Measured:
     """Answers through the engine, scores by task, and the logits of the references."""
     from huoyan import LLM, Picture, SamplingParams
@@ -207,18 +223,12 @@ def main() -> None:
         "--also", action="append", default=[], metavar="NAME=FOLDER", help="a further int4 checkpoint"
     )
     a = p.parse_args()
-    from huoyan.quantize.run import quantize
-    from make_calibration import write
-
     begin = time.monotonic()
     asked = questions(a.examples, a.first)
     with tempfile.TemporaryDirectory() as scratch:
-        lines = write(Path(scratch) / "calibration", a.items)
-        measured = [measure("16 bits", a.model, asked)]
-        for i, name in enumerate(a.only.split(";") if a.only else WAYS):
-            folder = Path(scratch) / str(i)
-            quantize(a.model, folder, group_size=a.group_size, calibration=lines, device="cpu", **WAYS[name])
-            measured.append(measure(name, str(folder), asked))
+        ways = a.only.split(";") if a.only else list(WAYS)
+        named = made(ways, a.model, Path(scratch), a.group_size, a.items)
+        measured = [measure(name, folder, asked) for name, folder in [("16 bits", a.model), *named]]
         for name, _, path in (also.partition("=") for also in a.also):
             measured.append(measure(name, path, asked))
     print(table(measured, asked))

@@ -31,9 +31,16 @@ def main() -> None:
     fill_random(layer, device, torch.float16, 0)
     x = torch.randn(args.tokens, 3584, device=device, dtype=torch.float16)
     inputs = LayerInputs(x, [512] * (args.tokens // 512), RotaryTable(128, 1e6, 1024))
-    for method in ("rtn", "awq"):
+    ways = {
+        "rtn": AwqOptions(method="rtn"),
+        "awq": AwqOptions(),
+        "awq compensated": AwqOptions(compensate=True),
+    }
+    for method, options in ways.items():
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         begun = time.perf_counter()
-        quantize_layer(layer, inputs, AwqOptions(method=method))
+        quantize_layer(layer, inputs, options)
         if device.type == "cuda":
             torch.cuda.synchronize()
             peak = f", peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"

@@ -15,7 +15,7 @@ _ROOT = Path(__file__).resolve().parent
 sys.path[:0] = [str(_ROOT), str(_ROOT.parent / "src")]
 
 OUT = _ROOT.parent / "src" / "huoyan" / "tiny" / "checkpoint-int4"
-ITEMS = 64
+ITEMS = 256
 GROUP_SIZE = 64
 """tiny's matrices have 256 and 768 inputs: groups of 128 would be as coarse for them as 2048 for the model."""
 _HEADER = """---
@@ -27,7 +27,7 @@ library_name: huoyan
 
 # tiny-int4: the demonstration model in int4
 
-`tiny` with the matrices of its decoder in four bits (AWQ, compensated rounding, groups of {group_size}), made by
+`tiny` with the matrices of its decoder in four bits (AWQ scales, compensated rounding, groups of {group_size}), made by
 `python training/make_tiny_int4.py`. It is a demonstration model: see the card of `tiny` for what it knows and
 `docs/quantization.md` for what four bits cost it.
 

@@ -15,17 +15,18 @@ from torch import Tensor
 import huoyan
 from huoyan.cli.quantize import summary
 from huoyan.errors import HuoyanError, InputError, MediaError, ModelError
-from huoyan.layers.int4 import Int4Linear
+from huoyan.layers.int4 import Int4Linear, Int4Weight
 from huoyan.layers.int8 import Int8Embedding, Int8Linear
 from huoyan.layers.rope import RotaryTable
 from huoyan.media.picture import Picture
 from huoyan.models.checkpoint import open_checkpoint
 from huoyan.models.minicpmv import MiniCPMV
 from huoyan.models.weights import load_model
+from huoyan.quantize import compensate as compensate_module
 from huoyan.quantize import run as run_module
 from huoyan.quantize.awq import SHRINKS, LayerInputs, best_shrink
-from huoyan.quantize.calibration import CalibrationItem, read_calibration
-from huoyan.quantize.compensate import gram, round_compensated
+from huoyan.quantize.calibration import SHARES, CalibrationItem, EncodedItem, read_calibration, token_weights
+from huoyan.quantize.compensate import damp_, fit_scales, gram, round_compensated
 from huoyan.quantize.rounding import fake_quantize, round_to_int4
 from huoyan.quantize.run import quantize
 from tests.models.small import small_model, write_checkpoint
@@ -406,35 +407,118 @@ def test_a_stopped_run_with_another_head_is_not_gone_on_with(
     assert "thrown away" in said[0]
 
 
-def test_compensated_rounding_is_nearer_in_its_products(seed: int) -> None:
-    """Inputs that go together are where one weight can make up for another."""
+def correlated(seed: int, inputs: int) -> Tensor:
+    """Inputs that go together, which is where one weight can make up for another, some larger than others."""
     g = torch.Generator().manual_seed(seed)
-    x = torch.randn(600, 16, generator=g) @ torch.randn(16, 128, generator=g) + torch.randn(
-        600, 128, generator=g
-    )
-    weight = torch.randn(24, 128, generator=g)
-    plain, nearer = round_to_int4(weight, 32), round_compensated(weight, gram(x), 32)
-    errors = [float(((w.dequantize() - weight) @ x.T).square().sum()) for w in (plain, nearer)]
-    assert errors[1] < 0.7 * errors[0]
+    together = torch.randn(600, 16, generator=g) @ torch.randn(16, inputs, generator=g)
+    return (together + torch.randn(600, inputs, generator=g)) * (0.3 + torch.rand(inputs, generator=g))
+
+
+def products_error(weight: Tensor, x: Tensor, int4: Int4Weight) -> float:
+    return float(((int4.dequantize() - weight) @ x.T).square().sum())
+
+
+def test_compensated_rounding_is_nearer_in_its_products(seed: int) -> None:
+    x = correlated(seed, 128)
+    weight = torch.randn(24, 128, generator=torch.Generator().manual_seed(seed + 1))
+    plain, nearer = round_to_int4(weight, 32), round_compensated(weight, damp_(gram(x)), 32)
+    assert products_error(weight, x, nearer) < 0.7 * products_error(weight, x, plain)
     assert nearer.q.max() <= 15
-    assert torch.equal(nearer.scales, nearer.scales.half().float())
+    assert torch.equal(nearer.scales, plain.scales)
+
+
+def test_compensated_rounding_against_one_input_at_a_time(seed: int) -> None:
+    """The textbook: after each input the inverse of what is left of the products, anew, in float64; more than a block
+    of inputs. A weight halfway between two levels may fall to either side, and what follows with it."""
+    x = correlated(seed, 192)
+    weight = torch.randn(40, 192, generator=torch.Generator().manual_seed(seed + 1))
+    products = damp_(gram(x))
+    found = round_compensated(weight, products, 32)
+    scales, zeros = (t.double().repeat_interleave(32, 1) for t in (found.scales, found.zeros))
+    left, expected = weight.double(), torch.empty(40, 192)
+    waiting = products.diagonal().argsort(descending=True).tolist()
+    while waiting:
+        i = waiting[0]
+        inverse = torch.linalg.inv(products.double()[waiting][:, waiting])
+        level = (torch.round(left[:, i] / scales[:, i]) + zeros[:, i]).clamp(0, 15)
+        expected[:, i] = level
+        error = (left[:, i] - (level - zeros[:, i]) * scales[:, i]) / inverse[0, 0]
+        left[:, waiting] -= torch.outer(error, inverse[0])
+        waiting = waiting[1:]
+    same = (found.q == expected).all(1)
+    assert same.float().mean() >= 0.9
 
 
 def test_compensated_rounding_of_inputs_apart_is_plain(seed: int) -> None:
     g = torch.Generator().manual_seed(seed)
     weight = torch.randn(24, 64, generator=g)
-    shrink = torch.rand(24, 2, generator=g) / 2 + 0.5
-    plain = round_to_int4(weight, 32, shrink)
-    apart = round_compensated(weight, torch.diag(torch.rand(64, generator=g) + 0.5), 32, shrink)
+    plain = round_to_int4(weight, 32)
+    apart = round_compensated(weight, torch.diag(torch.rand(64, generator=g) + 0.5), 32)
     assert torch.equal(apart.q, plain.q)
     assert torch.equal(apart.zeros, plain.zeros)
 
 
 def test_dead_inputs_can_be_inverted(seed: int) -> None:
-    x = torch.randn(10, 64, generator=torch.Generator().manual_seed(seed))
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(10, 64, generator=g)
     x[:, 5:40] = 0
-    weight = round_compensated(torch.randn(8, 64, generator=torch.Generator().manual_seed(seed)), gram(x), 32)
-    assert torch.isfinite(weight.dequantize()).all()
+    weight = torch.randn(8, 64, generator=g)
+    weight[3] = 0
+    products = damp_(gram(x))
+    for int4 in (rounded := round_compensated(weight, products, 32), fit_scales(weight, products, rounded)):
+        assert torch.isfinite(int4.dequantize()).all()
+        assert (int4.dequantize()[3] == 0).all()
+
+
+def test_products_of_tokens_that_count_more(seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    x, times = torch.randn(40, 16, generator=g), torch.randint(0, 4, (40,), generator=g)
+    times[0] = 2
+    torch.testing.assert_close(gram(x, times.float()), gram(x.repeat_interleave(times, 0)))
+
+
+def test_kinds_of_tokens_have_their_shares(seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    items, kinds = [], []
+    for _ in range(5):
+        words, pieces, answer = torch.randint(2, 20, (3,), generator=g).tolist()
+        item = EncodedItem([0] * (pieces + words + answer), pieces + words)
+        item.is_text = torch.arange(len(item.token_ids)) >= pieces
+        items.append(item)
+        # The last word of the question foretells the answer's first.
+        kinds += [2] * pieces + [1] * (words - 1) + [0] * (answer + 1)
+    weights = token_weights(items)
+    for kind, share in enumerate(SHARES):
+        own = weights[torch.tensor(kinds) == kind]
+        assert float(own.sum() / weights.sum()) == pytest.approx(share, rel=1e-4)
+        assert len(own.unique()) == 1
+    assert float(weights.mean()) == pytest.approx(1)
+
+
+def test_fitted_scales_against_least_squares(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row by row, over all tokens, by torch's solver."""
+    monkeypatch.setattr(compensate_module, "_CHUNK_VALUES", 128 * 7)
+    x = correlated(seed, 128)
+    weight = torch.randn(24, 128, generator=torch.Generator().manual_seed(seed + 1))
+    products = damp_(gram(x))
+    rounded = round_to_int4(weight, 32)
+    fitted = fit_scales(weight, products, rounded)
+    assert torch.equal(fitted.q, rounded.q)
+    assert torch.equal(fitted.zeros, rounded.zeros)
+    assert torch.equal(fitted.scales, fitted.scales.half().float())
+    seen = torch.linalg.cholesky(products.double()).T
+    for row in range(24):
+        steps = (rounded.q[row].double() - rounded.zeros[row].double().repeat_interleave(32)).view(4, 32)
+        columns = torch.stack([seen[:, 32 * g : 32 * g + 32] @ steps[g] for g in range(4)], 1)
+        expected = torch.linalg.lstsq(columns, seen @ weight[row].double()).solution
+        torch.testing.assert_close(fitted.scales[row].double(), expected, rtol=3e-3, atol=0)
+    assert products_error(weight, x, fitted) < products_error(weight, x, rounded)
+
+
+def test_scales_that_fit_already_are_kept(seed: int) -> None:
+    exact = round_to_int4(torch.randn(24, 128, generator=torch.Generator().manual_seed(seed)), 32)
+    fitted = fit_scales(exact.dequantize(), damp_(gram(correlated(seed, 128))), exact)
+    torch.testing.assert_close(fitted.scales, exact.scales, rtol=2e-3, atol=0)
 
 
 def test_compensated_checkpoint_costs_less(

@@ -19,7 +19,7 @@ from huoyan.layers.int4 import Int4Weight
 from huoyan.layers.rope import RotaryTable
 from huoyan.models.qwen2 import DecoderLayer
 from huoyan.quantize.causal import CausalAttention
-from huoyan.quantize.compensate import gram, round_compensated
+from huoyan.quantize.compensate import damp_, fit_scales, gram, round_compensated
 from huoyan.quantize.rounding import fake_quantize, group_range, round_to_int4
 
 GRID = 20
@@ -43,7 +43,8 @@ class AwqOptions:
     """`method` "rtn" rounds only; "awq" searches scales, and clips where `clip`. `modules` are of MODULES.
 
     `compensate` rounds so that later inputs make up for earlier ones (see `huoyan.quantize.compensate`), with
-    the inputs that the quantized layers before give.
+    the inputs that the quantized layers before give. Nothing is clipped then: the scales are fitted afterwards, and
+    with both the answers came out further from the float model's.
     """
 
     group_size: int = 128
@@ -51,6 +52,10 @@ class AwqOptions:
     clip: bool = True
     compensate: bool = False
     modules: tuple[str, ...] = tuple(MODULES)
+
+    @property
+    def clips(self) -> bool:
+        return self.clip and self.method == "awq" and not self.compensate
 
 
 @dataclass
@@ -97,7 +102,11 @@ class LayerInputs:
 
 @torch.inference_mode()
 def quantize_layer(
-    layer: DecoderLayer, inputs: LayerInputs, options: AwqOptions, quantized: LayerInputs | None = None
+    layer: DecoderLayer,
+    inputs: LayerInputs,
+    options: AwqOptions,
+    quantized: LayerInputs | None = None,
+    weights: Tensor | None = None,
 ) -> QuantizedLayer:
     """Quantize the layer's matrices. The layer itself is changed: scaled (which keeps its function), and its
     matrices replaced by what the integers stand for.
@@ -106,25 +115,27 @@ def quantize_layer(
         layer: float weights on the device of the inputs.
         inputs: what the layer sees during calibration.
         quantized: what it will see after the quantized layers before it, for the same tokens; by default `inputs`.
+        weights: [T], how much a token counts where rounding is compensated; by default all count alike.
     """
     exponents: dict[str, float] = {}
     shrinks: dict[str, Tensor] = {}
     if options.method == "awq":
         _search_scales(layer, inputs, options, exponents)
-        if options.clip:
+        if options.clips:
             shrinks = _search_clips(layer, inputs, options)
-    weights = {}
+    rounded = {}
     for name in (MODULES[module] for module in options.modules):
         linear = layer.get_submodule(name)
         dense = linear.get_parameter("weight")
         if options.compensate:
-            products = gram(_module_inputs(layer, quantized or inputs, name))
-            weight = round_compensated(dense, products, options.group_size, shrinks.get(name))
+            products = damp_(gram(_module_inputs(layer, quantized or inputs, name), weights))
+            weight = round_compensated(dense, products, options.group_size)
+            weight = fit_scales(dense, products, weight)
         else:
             weight = round_to_int4(dense.float(), options.group_size, shrinks.get(name))
         dense.copy_(weight.dequantize())
-        weights[name] = weight
-    return QuantizedLayer(weights, exponents)
+        rounded[name] = weight
+    return QuantizedLayer(rounded, exponents)
 
 
 def _search_scales(

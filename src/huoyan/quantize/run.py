@@ -34,6 +34,7 @@ from huoyan.quantize.calibration import (
     embed_items,
     encode_items,
     read_calibration,
+    token_weights,
 )
 from huoyan.quantize.writer import QuantizedWriter
 
@@ -76,6 +77,8 @@ class _Streams:
     lengths: list[int]
     calibrated: list[bool]
     """For each item, whether it is calibrated with (else it is held out)."""
+    weights: Tensor
+    """How much each token of the items that are calibrated with counts."""
 
     def rows(self, wanted: bool) -> Tensor:
         return torch.cat([torch.full((n,), flag == wanted) for n, flag in zip(self.lengths, self.calibrated, strict=True)])  # fmt: skip # noqa: E501
@@ -110,9 +113,9 @@ def quantize(
         calibration: None for the built-in set, a folder of pictures, a JSONL file, or items.
         device: where to compute; by default a CUDA device where there is one.
         max_tokens: calibration prompts longer than this are left out.
-        clip: whether "awq" also shrinks the groups' ranges.
+        clip: whether "awq" also shrinks the groups' ranges; with `compensate` it never does.
         compensate: rounds one input of a matrix after the other, the later ones making up for the earlier ones
-            (GPTQ's update; the layout is the same). Nearer to the float model, and slower.
+            (GPTQ's update; the layout is the same), and fits the scales. Nearer to the float model, and slower.
         modules: which of "qkv", "o", "gate_up" and "down", as names or one text with commas; the rest stays
             in 16 bits.
         quantize_head: "int8" also stores the head and the embedding table in eight bits, a scale a row. vLLM
@@ -170,7 +173,7 @@ def quantize(
         "bits": bits,
         "group_size": group_size,
         "modules": list(chosen),
-        "clip": clip and method == "awq",
+        "clip": options.clips,
         "compensate": compensate,
         "head": "int8" if int8 else "16 bits",
         "calibration_items": sum(streams.calibrated),
@@ -312,7 +315,8 @@ def _streams(encoded: Sequence[EncodedItem], table: Int8Weight | None) -> _Strea
         int4_x[words] = Int8Embedding(table, x.dtype)(ids[words])
     lengths = [len(item.token_ids) for item in encoded]
     calibrated = [i % HELD_OUT_EVERY != HELD_OUT_EVERY - 1 or len(encoded) < HELD_OUT_EVERY for i in range(len(encoded))]  # fmt: skip # noqa: E501
-    return _Streams(x, int4_x, lengths, calibrated)
+    weights = token_weights([item for item, flag in zip(encoded, calibrated, strict=True) if flag])
+    return _Streams(x, int4_x, lengths, calibrated, weights.to(x.device))
 
 
 def _shard(layer: int) -> str:
@@ -345,7 +349,7 @@ def _one_layer(
             chosen = [n for n, flag in zip(streams.lengths, streams.calibrated, strict=True) if flag]
             rows = streams.rows(True).to(device)
             inputs, seen = (LayerInputs(x[rows], chosen, rotary) for x in (streams.float_x, streams.int4_x))
-            quantized = quantize_layer(layer, inputs, options, seen)
+            quantized = quantize_layer(layer, inputs, options, seen, streams.weights)
             change = (target - streams.float_x).float()
             error = (both.run(layer) - target).float()
             note = {
