@@ -337,9 +337,13 @@ def test_one_engine_that_fails_does_not_take_the_other(tmp_path: Path) -> None:
 
 
 def test_a_run_whose_time_is_over_says_so(tmp_path: Path) -> None:
-    done = run(tmp_path, "--only", "huoyan", "--seconds", "0.2")
+    """An engine that never answers: one that does may have its first numbers within the second it is given."""
+    silent = tmp_path / "python"
+    silent.write_text("#!/bin/sh\nexec sleep 60\n")
+    silent.chmod(0o755)
+    done = run(tmp_path, "--only", "vllm", "--vllm-python", str(silent), "--seconds", "0.2")
     assert done.returncode == 1
     assert (
         "the time of this run was over"
-        in json.loads((tmp_path / "huoyan-bf16.json").read_text())["failed"]["the process"]
+        in json.loads((tmp_path / "vllm-bf16.json").read_text())["failed"]["the process"]
     )
