@@ -32,7 +32,8 @@ class Played:
 
     def __init__(self, stream: Stream, real: list[Tensor]) -> None:
         self.stream = stream
-        self.left = stream.rng.randint(0, 4)
+        # The first takes some steps in any case, so that a prompt waits for its picture.
+        self.left = max(stream.rng.randint(0, 4), 0 if stream.running else 3)
         self.real = real
         self.shown = [torch.randn_like(e) for e in real]
 

@@ -205,5 +205,5 @@ def test_amounts() -> None:
 )
 def test_cublas_has_what_its_variable_says(said: str, each: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(CUBLAS_VARIABLE, said)
-    assert cublas_bytes(Way(itemsize=2, cuda=True, kernels=True)) == 2 * each
+    assert cublas_bytes(Way(itemsize=2, cuda=True, kernels=True)) == 4 * each
     assert cublas_bytes(Way(itemsize=2, cuda=False)) == 0

@@ -93,7 +93,7 @@ def test_cublas_is_told_before_it_is_used_and_a_late_engine_says_what_it_has(
     assert os.environ[CUBLAS_VARIABLE] == ""
     driver_limits.limit_cublas(CUDA)
     assert os.environ[CUBLAS_VARIABLE] == (CUBLAS_TORCHS if in_use else CUBLAS_OURS)
-    assert cublas_bytes(Way(itemsize=2, cuda=True)) == (32 if in_use else 8) * MIB
+    assert cublas_bytes(Way(itemsize=2, cuda=True)) == 2 * (32 if in_use else 8) * MIB
     monkeypatch.setenv(CUBLAS_VARIABLE, ":4096:1")
     driver_limits.limit_cublas(CUDA)
     assert os.environ[CUBLAS_VARIABLE] == ":4096:1"

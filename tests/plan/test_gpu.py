@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -34,10 +35,16 @@ def test_a_card_is_not_taken_beyond_what_was_told(seed: int, eager: bool) -> Non
     ]
     for request in requests:
         engine.add_request(request)
-    errors = []
-    while engine.has_unfinished_requests():
-        errors += [output.error for output in engine.step() if output.error is not None]
-    assert not errors
+
+    def run() -> list[str]:
+        errors = []
+        while engine.has_unfinished_requests():
+            errors += [output.error for output in engine.step() if output.error is not None]
+        return errors
+
+    # A server's engine runs in another thread than the one that made it, and cuBLAS keeps workspaces for each.
+    with ThreadPoolExecutor(1) as another:
+        assert not another.submit(run).result()
     assert torch.cuda.max_memory_reserved() <= engine.size.torch_bytes  # type: ignore[operator]
     assert torch.cuda.max_memory_reserved() + context_bytes() <= told
     engine.close()

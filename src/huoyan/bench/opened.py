@@ -129,6 +129,7 @@ def opened(model: str, *, load_format: str = "auto", **options: Any) -> Iterator
 def _probe(folder: Path, load_format: str, options: dict[str, Any]) -> Probe:
     """Before the engine has taken the device's memory; about as much as a decode step will read."""
     from huoyan.api.loading import pick_device
+    from huoyan.engine.driver_limits import limit_cublas
     from huoyan.models.checkpoint import open_checkpoint
     from huoyan.models.weights import resolve_dtype
 
@@ -142,6 +143,8 @@ def _probe(folder: Path, load_format: str, options: dict[str, Any]) -> Probe:
     if not isinstance(group, int) or group < 1:
         group = None
     token = costs.decode_step(checkpoint.config, [1], costs.WeightFormat(dtype.itemsize, group))
+    # As the engine would, which comes too late for it.
+    limit_cublas(device)
     found = probe(device, dtype, int(token.bytes))
     if device.type == "cuda":
         # A workspace of cuBLAS's that the engine, on a stream of its own, would not use.

@@ -81,13 +81,19 @@ class EncoderGraphs:
 class CudaCapture:
     """Captures the encoder's layers on the current stream."""
 
-    def __init__(self, model: MiniCPMV, most_patches: int, pool: Any = None) -> None:
-        """`pool`: of `torch.cuda.graph_pool_handle`, where graphs share it that never run beside these."""
+    def __init__(
+        self, model: MiniCPMV, most_patches: int, pool: Any = None, exchange: Tensor | None = None
+    ) -> None:
+        """`pool`: of `torch.cuda.graph_pool_handle`, where graphs share it that never run beside these; `exchange`:
+        numbers of the model's dtype where what goes in and comes out may lie, which such graphs use too."""
         self._model = model
         self._pool = torch.cuda.graph_pool_handle() if pool is None else pool
         query = model.resampler.query
+        width = model.config.vision.hidden_size
+        if exchange is None:
+            exchange = query.new_zeros(most_patches * width)
         # One for all sizes: each graph's own would stay with it.
-        self._x = query.new_zeros(most_patches, model.config.vision.hidden_size)
+        self._x = exchange[: most_patches * width].view(-1, width)
         self._starts = torch.zeros(ENCODER_GRAPH_SLICES + 1, dtype=torch.int32, device=query.device)
         self._compiled = False
 

@@ -104,17 +104,18 @@ class Engine:
             self.config.kv_cache_dtype,
         )
         fused = has_fused_attention(model, cache.format.name)
-        graphs = prefills = pool = None
+        graphs = prefills = shared = None
         # Graphs are captured where steps run, and not on the default stream: so steps run on another.
         self._stream: torch.cuda.Stream | None = None
         if fused and not self.config.enforce_eager:
             from huoyan.engine.decode_graph import DecodeGraphs
+            from huoyan.engine.graph_memory import GraphMemory
             from huoyan.engine.prefill_graph import PrefillGraphs
 
-            pool = torch.cuda.graph_pool_handle()
+            shared = GraphMemory.of(model)
             rows = captured_rows(self.config.max_num_seqs, way_of_model(model, self.config).int4)
-            graphs = DecodeGraphs(model, cache, rows, self.size.max_model_len, pool)
-            prefills = PrefillGraphs(model, cache, pool)
+            graphs = DecodeGraphs(model, cache, rows, self.size.max_model_len, shared.pool)
+            prefills = PrefillGraphs(model, cache, shared.pool, shared.exchange)
             self._stream = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
         self.run_ahead = fused if self.config.run_ahead is None else self.config.run_ahead
         # On a device without our kernels attention is planned on the host, which must know the beams' blocks.
@@ -129,7 +130,7 @@ class Engine:
             graphs=graphs,
             prefills=prefills,
             device_beams=self._device_beams,
-            pool=pool,
+            shared=shared,
         )
         self.scheduler.encodes_beside = self.runner.encoder.runs_beside
         if self._stream is not None:

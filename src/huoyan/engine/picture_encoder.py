@@ -11,12 +11,13 @@ import contextlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from huoyan.engine.graph_memory import GraphMemory
 from huoyan.engine.staging import Staging
 from huoyan.kernels import picture_kernels_enabled
 from huoyan.layers.packed_attention import to_device
@@ -93,12 +94,12 @@ class PictureEncoder:
         *,
         on_device: bool | None = None,
         graphs: bool = False,
-        pool: Any = None,
+        shared: GraphMemory | None = None,
     ) -> None:
         """`max_slices` are asked for at once, and `PASS_SLICES` of `max_patches` patches go through the encoder
         together at most (one slice may have more), `PASS_PATCHES` and beside decodes `BESIDE_PASS` where the device
         resizes. `on_device` overrides `resizes_on_device`; `graphs` captures passes as CUDA graphs, those that run on
-        the step's stream with memory of `pool`, of `torch.cuda.graph_pool_handle`."""
+        the step's stream with the memory that its other graphs have."""
         self._model = model
         self._max_slices = max_slices
         self._max_patches = max_patches
@@ -117,9 +118,14 @@ class PictureEncoder:
                 if graphs:
                     from huoyan.engine.encoder_graph import CudaCapture, EncoderGraphs
 
+                    shared = shared or GraphMemory.of(model)
                     small = [size for size in ENCODER_GRAPH_PATCHES if size <= BESIDE_PASS]
-                    for aside, sizes, own in ((False, ENCODER_GRAPH_PATCHES, pool), (True, small, None)):
-                        self._graphs[aside] = EncoderGraphs(CudaCapture(model, sizes[-1], own), sizes)
+                    captures = {
+                        False: CudaCapture(model, ENCODER_GRAPH_PATCHES[-1], shared.pool, shared.exchange),
+                        True: CudaCapture(model, small[-1]),
+                    }
+                    for aside, sizes in ((False, ENCODER_GRAPH_PATCHES), (True, small)):
+                        self._graphs[aside] = EncoderGraphs(captures[aside], sizes)
                 # Weights may still be on their way there.
                 self._stream.wait_stream(torch.cuda.current_stream(model.device))
 

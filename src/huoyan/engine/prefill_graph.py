@@ -32,7 +32,9 @@ log = logging.getLogger(__name__)
 class PrefillGraphs:
     """Captures a number of tokens when it is needed for the second time; all graphs share one memory pool."""
 
-    def __init__(self, model: MiniCPMV, cache: KVCache, pool: Any) -> None:
+    def __init__(self, model: MiniCPMV, cache: KVCache, pool: Any, exchange: Tensor) -> None:
+        """`pool`: of `torch.cuda.graph_pool_handle`, where other graphs share it; `exchange`: numbers of the model's
+        dtype where embeddings go in and states come out, which others may write to between the runs."""
         self._model = model
         self._cache = cache
         self._pool = pool
@@ -40,8 +42,8 @@ class PrefillGraphs:
         """None where a number was needed once."""
         self._gave_up = False
         # One for all sizes: each graph's own would stay with it.
-        size = PREFILL_GRAPH_TOKENS[-1], model.config.text.hidden_size
-        self._x, self._hidden = torch.zeros((2, *size), dtype=model.dtype, device=cache.device)
+        width = model.config.text.hidden_size
+        self._x = exchange[: PREFILL_GRAPH_TOKENS[-1] * width].view(-1, width)
 
     def run(self, batch: Batch, x: Tensor) -> Tensor | None:
         """The decoder's hidden states [T, hidden] of a step, valid until the next run; None where it is not captured.
@@ -66,7 +68,7 @@ class PrefillGraphs:
 
     def _capture(self, size: int) -> _Graph | None:
         try:
-            graph = _Graph(self._model, self._cache, self._x[:size], self._hidden[:size])
+            graph = _Graph(self._model, self._cache, self._x[:size])
             graph.capture(self._pool)
         except RuntimeError as error:
             # Memory above all. What was captured goes too: the pool may be what is missing.
@@ -93,10 +95,10 @@ class PrefillGraphs:
 class _Graph:
     """One captured number of tokens, whose inputs and states stay where they are."""
 
-    def __init__(self, model: MiniCPMV, cache: KVCache, x: Tensor, hidden: Tensor) -> None:
-        """Replays read `x` [size, hidden] and leave the states in `hidden`."""
+    def __init__(self, model: MiniCPMV, cache: KVCache, x: Tensor) -> None:
+        """Replays read `x` [size, hidden] and leave the states in it."""
         self._model = model
-        self._x, self._hidden = x, hidden
+        self._x = x
         self._size = size = len(x)
         device = cache.device
         # Positions, slots, and where each prompt begins. One copy fills them all.
@@ -119,7 +121,7 @@ class _Graph:
             self._model.decoder(self._x, self._positions, self._attend)
         torch.cuda.current_stream().wait_stream(stream)
         with torch.cuda.graph(self._graph, pool=pool, stream=stream):
-            self._hidden.copy_(self._model.decoder(self._x, self._positions, self._attend))
+            self._x.copy_(self._model.decoder(self._x, self._positions, self._attend))
 
     def replay(self, batch: Batch, x: Tensor) -> Tensor:
         count, size, numbers = batch.num_tokens, self._size, self._numbers
@@ -135,7 +137,7 @@ class _Graph:
         self._copied.record()
         self._x[:count].copy_(x)
         self._graph.replay()
-        return self._hidden[:count]
+        return self._x[:count]
 
 
 class _WholePrompts(RotatedAttention):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from huoyan.engine.decode_graph import DecodeGraphs
     from huoyan.engine.device_beams import DeviceBeams
+    from huoyan.engine.graph_memory import GraphMemory
     from huoyan.engine.in_flight import InFlight
     from huoyan.engine.kv_cache import KVCache
     from huoyan.engine.picture_cache import PictureCache
@@ -80,16 +81,16 @@ class Runner:
         graphs: DecodeGraphs | None = None,
         prefills: PrefillGraphs | None = None,
         device_beams: DeviceBeams | None = None,
-        pool: Any = None,
+        shared: GraphMemory | None = None,
     ) -> None:
         """`graphs`, `prefills`: steps captured as CUDA graphs; without them every step is launched kernel by kernel.
-        `device_beams`: where searches advance on the device. `pool`: that graphs share, for the encoder's."""
+        `device_beams`: where searches advance on the device. `shared`: memory of the graphs, for the encoder's."""
         self.model = model
         self.cache = cache
         self.pictures = pictures
         self.max_encoder_slices = max_encoder_slices
         self.encoder = PictureEncoder(
-            model, max_encoder_slices, max_encoder_patches, graphs=graphs is not None, pool=pool
+            model, max_encoder_slices, max_encoder_patches, graphs=graphs is not None, shared=shared
         )
         self.device = cache.device
         self._fused = has_fused_attention(model, cache.format.name)

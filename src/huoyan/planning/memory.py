@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 CUBLAS_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
 """Where torch reads how large cuBLAS's workspace is to be: ":KiB:COUNT", once or several times. It keeps one for every
-stream, and cuBLASLt has the same."""
+stream and thread, and cuBLASLt has the same."""
 CUBLAS_OURS = ":8192:1"
 """What an engine lets it have: products of the model's shapes take as long as with Hopper's 32 MiB (with 16 some take
 longer: see benchmarks/NOTES.md)."""
@@ -158,17 +158,23 @@ def graph_bytes(config: ModelConfig, engine: EngineConfig, way: Way, limits: Lim
     sizes = graph_sizes(captured_rows(limits.seqs, way.int4))
     # Token, position, slot, length and blocks of every row.
     inputs = 4 * (4 + -(-limits.context // limits.block_size)) * sizes[-1]
-    # What runs on the step's stream shares a pool, and each kind what goes in and comes out.
+    # What runs on the step's stream shares a pool, and what goes in and comes out.
     prompts = max(PREFILL_GRAPH_TOKENS, default=0)
     shared = captured(config, way, limits, sizes[-1])
     if prompts:
         shared = max(shared, captured_prompts(config, way, limits, prompts))
     shared = max(shared, captured_encoder(config, way, ENCODER_GRAPH_PATCHES[-1]))
-    decodes = inputs + whole_segments(shared) + 2 * prompts * config.text.hidden_size * way.itemsize
-    # Beside decodes they have a pool of their own. Both kinds keep what goes in and comes out.
+    # Beside decodes the encoder's have a pool of their own.
     beside = whole_segments(captured_encoder(config, way, BESIDE_PASS))
-    stay = (BESIDE_PASS + ENCODER_GRAPH_PATCHES[-1]) * config.vision.hidden_size * way.itemsize
-    return decodes + beside + stay + graph_driver_bytes(way, limits)
+    stay = exchanged_values(config) + BESIDE_PASS * config.vision.hidden_size
+    return inputs + whole_segments(shared) + beside + stay * way.itemsize + graph_driver_bytes(way, limits)
+
+
+def exchanged_values(config: ModelConfig) -> int:
+    """Numbers that prompts' and the encoder's graphs on a step's stream have one place for: what goes in, and what
+    comes out in its place."""
+    prompts = max(PREFILL_GRAPH_TOKENS, default=0) * config.text.hidden_size
+    return max(prompts, ENCODER_GRAPH_PATCHES[-1] * config.vision.hidden_size)
 
 
 def graph_driver_bytes(way: Way, limits: Limits) -> int:
@@ -189,8 +195,9 @@ def slack_bytes(way: Way, space: Workspace, pictures: int) -> int:
 
 
 def cublas_bytes(way: Way) -> int:
-    """Its workspaces: of the step's own stream, and of the encoder's."""
-    return (1 + way.kernels) * _cublas_workspace() if way.cuda else 0
+    """Its workspaces: of the step's own stream, and of the encoder's, and each of the thread that has captured graphs
+    and of the one that runs the engine, which a server's is not."""
+    return 2 * (1 + way.kernels) * _cublas_workspace() if way.cuda else 0
 
 
 def _cublas_workspace() -> int:

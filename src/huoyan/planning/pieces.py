@@ -38,7 +38,7 @@ PICTURE_SLICES = 64
 """Slices that one picture may have even where the picture cache holds fewer."""
 PROJECTED_PATCHES = 2048
 """Patches whose keys or values the resampler makes at once, over what they are made of."""
-RESAMPLED_PATCHES = 4 * 1056
+RESAMPLED_PATCHES = 2 * 1056
 """Patches of whole slices that the resampler looks at together; one slice may have more."""
 KEPT_POSITIONS = 128
 """Rows and columns of a slice whose positions are computed once. A square slice of the published size has 32."""
