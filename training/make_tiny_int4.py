@@ -15,7 +15,7 @@ _ROOT = Path(__file__).resolve().parent
 sys.path[:0] = [str(_ROOT), str(_ROOT.parent / "src")]
 
 OUT = _ROOT.parent / "src" / "huoyan" / "tiny" / "checkpoint-int4"
-ITEMS = 256
+ITEMS = 128
 GROUP_SIZE = 64
 """tiny's matrices have 256 and 768 inputs: groups of 128 would be as coarse for them as 2048 for the model."""
 _HEADER = """---
