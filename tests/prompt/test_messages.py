@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -9,8 +10,8 @@ from huoyan.media.types import MediaItem
 from huoyan.prompt.messages import MediaPart, Message, TextPart, parse_messages
 
 
-def load(kind: str, source: Any) -> MediaItem:
-    return MediaItem((source,), kind)
+def load(parts: Sequence[tuple[str, Any]]) -> list[MediaItem]:
+    return [MediaItem((source,), kind) for kind, source in parts]
 
 
 def test_texts_and_parts() -> None:
@@ -60,17 +61,36 @@ def test_texts_and_parts() -> None:
 
 
 def test_what_is_parsed_already_passes_through() -> None:
-    ready = Message("user", (TextPart("a"), MediaPart(load("image", 1))))
+    ready = Message("user", (TextPart("a"), MediaPart(*load([("image", 1)]))))
     assert parse_messages([ready], load) == [ready]
     assert parse_messages([{"role": "user", "content": ready.parts}], load) == [ready]
 
 
 def test_errors_of_the_loader_pass_through() -> None:
-    def fails(kind: str, source: Any) -> MediaItem:
-        raise MediaError(f"{source}: not found")
+    def fails(parts: Sequence[tuple[str, Any]]) -> list[MediaItem]:
+        raise MediaError(f"{parts[0][1]}: not found")
 
     with pytest.raises(MediaError, match=r"x\.png: not found"):
         parse_messages([{"role": "user", "content": [{"type": "image", "image": "x.png"}]}], fails)
+
+
+def test_all_is_opened_in_one_call_and_nothing_where_a_message_is_wrong() -> None:
+    calls: list[list[tuple[str, Any]]] = []
+
+    def counted(parts: Sequence[tuple[str, Any]]) -> list[MediaItem]:
+        calls.append(list(parts))
+        return load(parts)
+
+    turn = {
+        "role": "user",
+        "content": [{"type": "image", "image": "a"}, "?", {"type": "video", "video": "b"}],
+    }
+    parse_messages([turn, {"role": "assistant", "content": "1"}, turn], counted)
+    assert calls == [[("image", "a"), ("video", "b")] * 2]
+    with pytest.raises(InputError, match=r"messages\[1\]"):
+        parse_messages([turn, {"role": "user", "content": []}], counted)
+    parse_messages([{"role": "user", "content": "words"}], counted)
+    assert len(calls) == 1
 
 
 USER = "user"

@@ -112,9 +112,7 @@ class CheckpointFrontend:
         from huoyan.prompt.messages import MediaPart, parse_messages
 
         choices = self._choose(prompt)
-        messages = parse_messages(
-            prompt.messages, lambda kind, source: self._reader.load(kind, source, choices)
-        )
+        messages = parse_messages(prompt.messages, lambda parts: self._reader.load_each(parts, choices))
         items = [part.item for m in messages for part in m.parts if isinstance(part, MediaPart)]
         self._reader.check_counts(items)
         processor = self._processor

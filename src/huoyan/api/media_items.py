@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from huoyan.api.side_by_side import open_each
 from huoyan.errors import InputError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -80,6 +81,16 @@ class MediaReader:
         self.check_counts(items)
         return items
 
+    def load_each(self, parts: Sequence[tuple[str, Any]], choices: MediaChoices) -> list[MediaItem]:
+        """The items of message parts, each (kind, source), opened side by side."""
+        images = [source for kind, source in parts if kind != "video"]
+        videos = [source for kind, source in parts if kind == "video"]
+        found = {
+            False: iter(open_each(images, lambda source: self.load("image", source, choices))),
+            True: iter(open_each(videos, lambda source: self.load("video", source, choices))),
+        }
+        return [next(found[kind == "video"]) for kind, _ in parts]
+
     def load(self, kind: str, source: Any, choices: MediaChoices) -> MediaItem:
         """The item of one message part."""
         if kind == "video" or is_video(source):
@@ -105,7 +116,7 @@ class MediaReader:
                 raise InputError("multi_modal_data['image'] is a dict without 'images'")
             choices = MediaChoices.parse(rest, "multi_modal_data['image']").over(choices)
             value = value["images"]
-        return [self._image(source, choices) for source in _sequence(value, single_ndim=3)]
+        return open_each(_sequence(value, single_ndim=3), lambda source: self._image(source, choices))
 
     def _image(self, source: Any, choices: MediaChoices) -> MediaItem:
         from huoyan.media.picture import Picture
@@ -118,7 +129,7 @@ class MediaReader:
         if value is None:
             return []
         if isinstance(value, (list, tuple)) and value and not _is_frame(value[0]):
-            return [self._video(source, choices) for source in value]
+            return open_each(value, lambda source: self._video(source, choices))
         return [self._video(value, choices)]
 
     def _video(self, source: Any, choices: MediaChoices) -> MediaItem:

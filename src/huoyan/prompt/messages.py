@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 Role = Literal["system", "user", "assistant"]
 MediaKind = Literal["image", "video"]
-LoadMedia = Callable[[MediaKind, Any], "MediaItem"]
-"""Opens what a part points at: a path, a URL, a picture object, frames."""
+LoadEach = Callable[[Sequence[tuple[MediaKind, Any]]], Sequence["MediaItem"]]
+"""Opens what parts point at (paths, URLs, picture objects, frames), all of a conversation's in one call."""
 
 _ROLES: dict[str, Role] = {
     "system": "system",
@@ -54,24 +54,45 @@ class Message:
     parts: tuple[Part, ...]
 
 
-def parse_messages(messages: Any, load: LoadMedia) -> list[Message]:
+def parse_messages(messages: Any, load_each: LoadEach) -> list[Message]:
     """Read `[{"role": …, "content": text or parts}, …]`.
 
     A part is a text, `{"type": "text", "text": …}`, `{"type": "image_url", "image_url": {"url": …}}` (or
-    `video_url`), `{"type": "image", "image": anything load takes}` (or `video`), or an object for `load`
-    itself. Whatever `load` raises passes through. Raises InputError (one line that names the message),
-    UnsupportedError for parts this model has no use for.
+    `video_url`), `{"type": "image", "image": anything load_each takes}` (or `video`), or an object for
+    `load_each` itself. Nothing is opened before all messages are read; whatever `load_each` raises passes through.
+    Raises InputError (one line that names the message), UnsupportedError for parts this model has no use for.
     """
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
         raise InputError(f"messages must be a list of {{'role', 'content'}} objects, not a {_kind(messages)}")
     if not messages:
         raise InputError("messages is empty: at least one message is needed")
-    return [_message(message, f"messages[{i}]", load) for i, message in enumerate(messages)]
+    wanted: list[tuple[MediaKind, Any]] = []
+    read = [_message(message, f"messages[{i}]", wanted) for i, message in enumerate(messages)]
+    items = load_each(wanted) if wanted else ()
+    return [Message(role, tuple(_filled(part, items) for part in parts)) for role, parts in read]
 
 
-def _message(message: Any, where: str, load: LoadMedia) -> Message:
+@dataclass(frozen=True)
+class _Wanted:
+    """Stands for an item that is still to be opened."""
+
+    index: int
+
+
+def _filled(part: Part | _Wanted, items: Sequence[MediaItem]) -> Part:
+    return MediaPart(items[part.index]) if isinstance(part, _Wanted) else part
+
+
+def _want(wanted: list[tuple[MediaKind, Any]], kind: MediaKind, source: Any) -> _Wanted:
+    wanted.append((kind, source))
+    return _Wanted(len(wanted) - 1)
+
+
+def _message(
+    message: Any, where: str, wanted: list[tuple[MediaKind, Any]]
+) -> tuple[Role, tuple[Part | _Wanted, ...]]:
     if isinstance(message, Message):
-        return message
+        return message.role, message.parts
     if not isinstance(message, Mapping):
         raise InputError(f"{where} must be an object with 'role' and 'content', not a {_kind(message)}")
     role = message.get("role")
@@ -81,16 +102,16 @@ def _message(message: Any, where: str, load: LoadMedia) -> Message:
         raise InputError(f"{where}.role is {role!r}: use 'system', 'user' or 'assistant'")
     content = message.get("content")
     if isinstance(content, str):
-        return Message(_ROLES[role], (TextPart(content),))
+        return _ROLES[role], (TextPart(content),)
     if content is None or isinstance(content, (bytes, Mapping)) or not isinstance(content, Sequence):
         raise InputError(f"{where}.content must be a text or a list of parts, not a {_kind(content)}")
     if not content:
         raise InputError(f"{where}.content is an empty list: give it a text or a picture")
-    parts = (_part(part, f"{where}.content[{i}]", load) for i, part in enumerate(content))
-    return Message(_ROLES[role], tuple(parts))
+    parts = (_part(part, f"{where}.content[{i}]", wanted) for i, part in enumerate(content))
+    return _ROLES[role], tuple(parts)
 
 
-def _part(part: Any, where: str, load: LoadMedia) -> Part:
+def _part(part: Any, where: str, wanted: list[tuple[MediaKind, Any]]) -> Part | _Wanted:
     if isinstance(part, (TextPart, MediaPart)):
         return part
     if isinstance(part, str):
@@ -98,7 +119,7 @@ def _part(part: Any, where: str, load: LoadMedia) -> Part:
     if part is None or isinstance(part, (bool, int, float)):
         raise InputError(f"{where} must be a part such as {{'type': 'text', 'text': …}}, not a {_kind(part)}")
     if not isinstance(part, Mapping):
-        return MediaPart(load("image", part))
+        return _want(wanted, "image", part)
     kind = part.get("type")
     if kind is None:
         # vLLM also takes parts without a type: {"image_url": …}, {"text": …}.
@@ -117,7 +138,7 @@ def _part(part: Any, where: str, load: LoadMedia) -> Part:
             raise InputError(
                 f"{where} is of type {kind!r} but has no {key!r}: name a file, a URL or a data: URL"
             )
-        return MediaPart(load(media, source))
+        return _want(wanted, media, source)
     if isinstance(kind, str) and ("audio" in kind or "embeds" in kind or kind in ("file", "input_file")):
         raise UnsupportedError(
             f"{where} is of type {kind!r}: this model takes text, pictures and videos only"

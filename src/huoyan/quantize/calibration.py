@@ -118,10 +118,8 @@ def encode_items(items: Sequence[CalibrationItem], processor: PromptProcessor, m
     for item in items:
         content: list[dict[str, Any]] = [{"type": "image", "image": picture} for picture in item.pictures]
         content.append({"type": "text", "text": item.question})
-        messages = parse_messages(
-            [{"role": "user", "content": content}],
-            partial(_media_item, max_slices=item.max_slices),
-        )
+        load = partial(_media_items, max_slices=item.max_slices)
+        messages = parse_messages([{"role": "user", "content": content}], load)
         prompt = processor.from_messages(messages)
         ids = list(prompt.token_ids)
         if len(ids) >= max_tokens:
@@ -150,8 +148,8 @@ def token_weights(items: Sequence[EncodedItem]) -> Tensor:
     return weights / weights.mean()
 
 
-def _media_item(kind: str, source: Any, max_slices: int | None) -> MediaItem:
-    return MediaItem((source,), kind, max_slice_nums=max_slices)
+def _media_items(parts: Sequence[tuple[str, Any]], max_slices: int | None) -> list[MediaItem]:
+    return [MediaItem((source,), kind, max_slice_nums=max_slices) for kind, source in parts]
 
 
 def embed_items(encoded: Sequence[Any], model: MiniCPMV) -> list[EncodedItem]:
