@@ -20,7 +20,7 @@ from huoyan.media.arrays import array_to_rgb, tensor_to_array
 from huoyan.media.decode import image_to_rgb
 from huoyan.media.slicing import cut_slices, plan_slices
 from huoyan.media.types import Size, SliceRules
-from huoyan.models.patches import cut_patches, normalise
+from huoyan.models.published_patches import published_patches
 from huoyan.prompt.placeholders import Layout, Mark, Tags
 
 
@@ -124,28 +124,13 @@ class MiniCPMVImageProcessor(BaseImageProcessor):  # type: ignore[misc]
                 plan = plan_slices((width, height), self.rules, max_slice_nums)
                 slices += cut_slices(picture, plan)
                 sizes.append(torch.tensor([width, height]))
-            patches, grids = slice_patches(slices, self.rules)
+            patches, grids = published_patches(slices, self.rules)
             pixel_values.append(patches)
             image_sizes.append(sizes)
             tgt_sizes.append(torch.tensor(grids).reshape(-1, 2))
         return BatchFeature(
             {"pixel_values": pixel_values, "image_sizes": image_sizes, "tgt_sizes": tgt_sizes}
         )
-
-
-def slice_patches(
-    slices: Sequence[NDArray[np.uint8]], rules: SliceRules
-) -> tuple[list[Tensor], list[tuple[int, int]]]:
-    """uint8 slices [height, width, 3] as the published image processor lays them out.
-
-    Returns:
-        for each slice float32 [3, patch, patches * patch], its patches side by side; and (rows, columns) of each.
-    """
-    side = rules.patch_size
-    cut, grids = cut_patches(slices, side)
-    patches = normalise(torch.from_numpy(cut), rules.norm_mean, rules.norm_std, torch.float32)
-    parts = patches.view(-1, 3, side, side).split([rows * columns for rows, columns in grids])
-    return [part.permute(1, 2, 0, 3).reshape(3, side, -1) for part in parts], grids
 
 
 def _by_prompt(images: Any) -> list[list[Any]]:

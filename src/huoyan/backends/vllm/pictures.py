@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from huoyan.models.patches import cut_patches, normalise
+from huoyan.models.published_patches import published_patches
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
     from huoyan.engine.request import EngineRequest
     from huoyan.media.types import PreparedPicture, SliceRules
@@ -71,7 +70,7 @@ class PictureInputs:
         from vllm.model_executor.models.minicpmv import _minicpmv_field_config
         from vllm.multimodal.inputs import MultiModalKwargsItems
 
-        pixels, grids = slice_patches(picture.slices, self._rules, self._dtype)
+        pixels, grids = published_patches(picture.slices, self._rules, self._dtype)
         width, height = picture.plan.overview
         inputs: Any = {
             "pixel_values": [pixels],
@@ -79,23 +78,6 @@ class PictureInputs:
             "tgt_sizes": [torch.tensor(grids)],
         }
         return MultiModalKwargsItems.from_hf_inputs(inputs, _minicpmv_field_config(inputs))["image"][0]
-
-
-def slice_patches(
-    slices: Sequence[Any], rules: SliceRules, dtype: torch.dtype
-) -> tuple[list[Tensor], list[tuple[int, int]]]:
-    """uint8 slices [height, width, 3] as the published image processor lays them out.
-
-    Returns:
-        for each slice [3, patch, patches * patch], its patches side by side, row by row; and (rows, columns).
-    """
-    import torch
-
-    side = rules.patch_size
-    cut, grids = cut_patches(slices, side)
-    patches = normalise(torch.from_numpy(cut), rules.norm_mean, rules.norm_std, dtype)
-    parts = patches.view(-1, 3, side, side).split([rows * columns for rows, columns in grids])
-    return [part.permute(1, 2, 0, 3).reshape(3, side, -1) for part in parts], grids
 
 
 def placeholder(slot: PictureSlot) -> Any:
