@@ -55,7 +55,8 @@ class Inline(Executor):
 
 
 def default_workers() -> int:
-    return min(8, os.cpu_count() or 1)
+    """Threads that prepare requests: a core is left to the engine, which all of them wait for."""
+    return max(1, min(8, (os.cpu_count() or 1) - 1))
 
 
 def drive(
