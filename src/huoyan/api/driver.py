@@ -7,11 +7,11 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import dataclass
 from types import FrameType
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING
 
 from huoyan.api.outputs import RequestOutput
 from huoyan.errors import CapacityError, HuoyanError, InputError
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
 AHEAD = 16
 """Requests whose pictures may be ready before the engine asks: some tens of megabytes of pixels."""
 
@@ -40,18 +37,6 @@ class Job:
     prompt: Prompt | None
     params: SamplingParams | None
     error: HuoyanError | None = None
-
-
-class Inline(Executor):
-    """Works in the calling thread: for a request by itself, whose first token is not to wait for another thread."""
-
-    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        future: Future[T] = Future()
-        try:
-            future.set_result(fn(*args, **kwargs))
-        except Exception as error:
-            future.set_exception(error)
-        return future
 
 
 def default_workers() -> int:

@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from huoyan.api.driver import Inline, Job, default_workers, drive
+from huoyan.api.driver import Job, default_workers, drive
+from huoyan.api.inline import Inline
 from huoyan.api.options import parse_options
 from huoyan.api.progress import RequestBar
 from huoyan.api.requests import (
@@ -262,6 +263,7 @@ class LLM:
         self, jobs: list[Job], use_tqdm: bool | Callable[..., Any], raise_on_error: bool
     ) -> list[RequestOutput]:
         last: dict[str, RequestOutput] = {}
+        # The first token of a request by itself is not to wait for another thread.
         pool = self._pool if len(jobs) > 1 else Inline()
         with self._turn, RequestBar(len(jobs), use_tqdm) as bar:
             for output in drive(

@@ -9,6 +9,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any, TypeVar
 
+from huoyan.api.inline import Inline
+
 T = TypeVar("T")
 MOST = 8
 """Threads, of all requests together."""
@@ -24,22 +26,10 @@ def open_each(sources: Sequence[Any], load: Callable[[Any], T]) -> list[T]:
         return [load(source) for source in sources]
     opened: dict[int, Future[T]] = {}
     for source in sources:
-        if id(source) in opened:
-            continue
-        if hasattr(source, "read"):
-            opened[id(source)] = _now(load, source)
-        else:
-            opened[id(source)] = _pool().submit(load, source)
+        if id(source) not in opened:
+            executor = Inline() if hasattr(source, "read") else _pool()
+            opened[id(source)] = executor.submit(load, source)
     return [opened[id(source)].result() for source in sources]
-
-
-def _now(load: Callable[[Any], T], source: Any) -> Future[T]:
-    future: Future[T] = Future()
-    try:
-        future.set_result(load(source))
-    except Exception as error:
-        future.set_exception(error)
-    return future
 
 
 @lru_cache(maxsize=1)

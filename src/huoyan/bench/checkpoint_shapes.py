@@ -9,7 +9,7 @@ from typing import Any
 
 from huoyan.errors import InputError
 from huoyan.media.types import SliceRules
-from huoyan.models.config import ModelConfig, parse_model_config
+from huoyan.models.config import ModelConfig, awq_config, parse_model_config
 
 PATCH = 14
 
@@ -134,12 +134,5 @@ def config_of(sizes: CheckpointShape, dtype: str, quantization: str | None) -> d
         "vision_config": {"model_type": "siglip_vision_model", **vision, "patch_size": PATCH},
     }
     if quantization:
-        config["quantization_config"] = {
-            "quant_method": "awq",
-            "bits": 4,
-            "group_size": group_size,
-            "zero_point": True,
-            "version": "gemm",
-            "modules_to_not_convert": ["vpm", "resampler"],
-        }
+        config["quantization_config"] = awq_config(group_size, ["vpm", "resampler"])
     return config

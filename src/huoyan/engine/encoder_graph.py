@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from huoyan.layers.packed_attention import Lengths
 from huoyan.planning.pieces import ENCODER_GRAPH_LONGEST, ENCODER_GRAPH_SLICES
 
 if TYPE_CHECKING:
+    from huoyan.engine.graph_memory import GraphMemory
     from huoyan.models.minicpmv import MiniCPMV
     from huoyan.models.siglip import PackedGrids
 
@@ -81,20 +82,13 @@ class EncoderGraphs:
 class CudaCapture:
     """Captures the encoder's layers on the current stream."""
 
-    def __init__(
-        self, model: MiniCPMV, most_patches: int, pool: Any = None, exchange: Tensor | None = None
-    ) -> None:
-        """`pool`: of `torch.cuda.graph_pool_handle`, where graphs share it that never run beside these; `exchange`:
-        numbers of the model's dtype where what goes in and comes out may lie, which such graphs use too."""
+    def __init__(self, model: MiniCPMV, most_patches: int, memory: GraphMemory) -> None:
         self._model = model
-        self._pool = torch.cuda.graph_pool_handle() if pool is None else pool
-        query = model.resampler.query
+        self._pool = memory.pool
         width = model.config.vision.hidden_size
-        if exchange is None:
-            exchange = query.new_zeros(most_patches * width)
         # One for all sizes: each graph's own would stay with it.
-        self._x = exchange[: most_patches * width].view(-1, width)
-        self._starts = torch.zeros(ENCODER_GRAPH_SLICES + 1, dtype=torch.int32, device=query.device)
+        self._x = memory.exchange[: most_patches * width].view(-1, width)
+        self._starts = torch.zeros(ENCODER_GRAPH_SLICES + 1, dtype=torch.int32, device=model.device)
         self._compiled = False
 
     def __call__(self, size: int) -> Captured:

@@ -115,7 +115,7 @@ class Engine:
             shared = GraphMemory.of(model)
             rows = captured_rows(self.config.max_num_seqs, way_of_model(model, self.config).int4)
             graphs = DecodeGraphs(model, cache, rows, self.size.max_model_len, shared.pool)
-            prefills = PrefillGraphs(model, cache, shared.pool, shared.exchange)
+            prefills = PrefillGraphs(model, cache, shared)
             self._stream = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
         self.run_ahead = fused if self.config.run_ahead is None else self.config.run_ahead
         # On a device without our kernels attention is planned on the host, which must know the beams' blocks.

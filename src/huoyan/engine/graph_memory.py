@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from huoyan.planning.memory import exchanged_values
+from huoyan.planning.memory import exchanged_beside, exchanged_values
 
 if TYPE_CHECKING:
     from huoyan.models.minicpmv import MiniCPMV
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GraphMemory:
-    """Of a step's stream: decodes, whole prompts, pictures where nothing decodes."""
+    """Of a step's stream (decodes, whole prompts, pictures where nothing decodes), or of pictures beside decodes."""
 
     pool: Any
     """Of `torch.cuda.graph_pool_handle`: what lives while a graph runs."""
@@ -25,6 +25,6 @@ class GraphMemory:
     has come out before the next one is replayed."""
 
     @staticmethod
-    def of(model: MiniCPMV) -> GraphMemory:
-        query = model.resampler.query
-        return GraphMemory(torch.cuda.graph_pool_handle(), query.new_zeros(exchanged_values(model.config)))
+    def of(model: MiniCPMV, *, beside: bool = False) -> GraphMemory:
+        values = exchanged_beside(model.config) if beside else exchanged_values(model.config)
+        return GraphMemory(torch.cuda.graph_pool_handle(), model.resampler.query.new_zeros(values))

@@ -11,6 +11,7 @@ import contextlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -25,6 +26,7 @@ from huoyan.media.originals import LARGEST
 from huoyan.models.patches import normalised_bytes
 from huoyan.models.siglip import PackedGrids
 from huoyan.planning.pieces import (
+    BESIDE_GRAPH_PATCHES,
     BESIDE_PASS,
     BESIDE_PATCHES,
     BESIDE_SLICES,
@@ -107,7 +109,8 @@ class PictureEncoder:
         self._graphs: dict[bool, EncoderGraphs] = {}
         """Of passes on the step's stream, and of those aside."""
         self._packer: _Packer | None = None
-        self._recent: dict[tuple[bool, tuple[Grid, ...]], PackedGrids] = {}
+        # What was sent to the device for them is used again, on the same stream.
+        self._known = lru_cache(maxsize=_RECENT_GRIDS)(lambda grids, aside: PackedGrids(grids))
         # Embeddings that stay would keep torch from giving back what lay around them: on CUDA they have memory apart,
         # which torch keeps by the stream that was current when it was taken. Nothing runs there.
         self._shelf = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
@@ -118,14 +121,12 @@ class PictureEncoder:
                 if graphs:
                     from huoyan.engine.encoder_graph import CudaCapture, EncoderGraphs
 
-                    shared = shared or GraphMemory.of(model)
-                    small = [size for size in ENCODER_GRAPH_PATCHES if size <= BESIDE_PASS]
-                    captures = {
-                        False: CudaCapture(model, ENCODER_GRAPH_PATCHES[-1], shared.pool, shared.exchange),
-                        True: CudaCapture(model, small[-1]),
+                    kinds = {
+                        False: (ENCODER_GRAPH_PATCHES, shared or GraphMemory.of(model)),
+                        True: (BESIDE_GRAPH_PATCHES, GraphMemory.of(model, beside=True)),
                     }
-                    for aside, sizes in ((False, ENCODER_GRAPH_PATCHES), (True, small)):
-                        self._graphs[aside] = EncoderGraphs(captures[aside], sizes)
+                    for aside, (sizes, memory) in kinds.items():
+                        self._graphs[aside] = EncoderGraphs(CudaCapture(model, sizes[-1], memory), sizes)
                 # Weights may still be on their way there.
                 self._stream.wait_stream(torch.cuda.current_stream(model.device))
 
@@ -230,20 +231,11 @@ class PictureEncoder:
             slices, most = min(slices, BESIDE_SLICES), min(most, BESIDE_PASS)
         passes = runs_within([rows * columns for rows, columns in grids], most, slices)
         for first, last in passes:
-            packed = self._known(grids[first:last], aside)
+            packed = self._known(tuple(grids[first:last]), aside)
             some = patches[at : at + sum(packed.lengths)]
             at += len(some)
             parts.append(self._model.encode_patches(some, packed, graphs.run if graphs else None))
         return _joined(parts)
-
-    def _known(self, grids: list[Grid], aside: bool) -> PackedGrids:
-        """The grids, as an object that may have been sent to the device before: on the same stream."""
-        key = aside, tuple(grids)
-        found = self._recent.pop(key, None) or PackedGrids(grids)
-        self._recent[key] = found
-        if len(self._recent) > _RECENT_GRIDS:
-            del self._recent[next(iter(self._recent))]
-        return found
 
     def _places(self, pictures: Sequence[PreparedPicture]) -> list[Tensor]:
         """Where the embeddings of each picture are to be, for work on the current stream: each has memory of its own,

@@ -23,6 +23,7 @@ from huoyan.planning.graphs import PREFILL_GRAPH_PROMPTS, PREFILL_GRAPH_TOKENS
 
 if TYPE_CHECKING:
     from huoyan.engine.batch import Batch
+    from huoyan.engine.graph_memory import GraphMemory
     from huoyan.engine.kv_cache import KVCache
     from huoyan.models.minicpmv import MiniCPMV
 
@@ -32,18 +33,16 @@ log = logging.getLogger(__name__)
 class PrefillGraphs:
     """Captures a number of tokens when it is needed for the second time; all graphs share one memory pool."""
 
-    def __init__(self, model: MiniCPMV, cache: KVCache, pool: Any, exchange: Tensor) -> None:
-        """`pool`: of `torch.cuda.graph_pool_handle`, where other graphs share it; `exchange`: numbers of the model's
-        dtype where embeddings go in and states come out, which others may write to between the runs."""
+    def __init__(self, model: MiniCPMV, cache: KVCache, memory: GraphMemory) -> None:
         self._model = model
         self._cache = cache
-        self._pool = pool
+        self._pool = memory.pool
         self._graphs: dict[int, _Graph | None] = {}
         """None where a number was needed once."""
         self._gave_up = False
         # One for all sizes: each graph's own would stay with it.
         width = model.config.text.hidden_size
-        self._x = exchange[: PREFILL_GRAPH_TOKENS[-1] * width].view(-1, width)
+        self._x = memory.exchange[: PREFILL_GRAPH_TOKENS[-1] * width].view(-1, width)
 
     def run(self, batch: Batch, x: Tensor) -> Tensor | None:
         """The decoder's hidden states [T, hidden] of a step, valid until the next run; None where it is not captured.

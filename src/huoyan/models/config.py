@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -171,6 +171,18 @@ def parse_model_config(raw: Mapping[str, Any], where: str = "config.json") -> Mo
         dtype=str(raw.get("torch_dtype") or raw.get("dtype") or "bfloat16"),
         quantization=quantization if isinstance(quantization, Mapping) else None,
     )
+
+
+def awq_config(group_size: int, kept: Sequence[str]) -> dict[str, Any]:
+    """`quantization_config` of AutoAWQ's "GEMM" layout; `kept`: names of what stays in 16 bits."""
+    return {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": group_size,
+        "zero_point": True,
+        "version": "gemm",
+        "modules_to_not_convert": list(kept),
+    }
 
 
 def _rope_theta(raw: Mapping[str, Any]) -> float:

@@ -14,7 +14,7 @@ from huoyan.planning.allocator import grows, reserved_bytes, whole_segments
 from huoyan.planning.driver import GRAPH_DRIVER, context_bytes
 from huoyan.planning.graphs import PREFILL_GRAPH_TOKENS, captured_rows, graph_sizes
 from huoyan.planning.pieces import (
-    BESIDE_PASS,
+    BESIDE_GRAPH_PATCHES,
     ENCODER_GRAPH_PATCHES,
     PICTURE_SLICES,
 )
@@ -159,29 +159,34 @@ def graph_bytes(config: ModelConfig, engine: EngineConfig, way: Way, limits: Lim
     # Token, position, slot, length and blocks of every row.
     inputs = 4 * (4 + -(-limits.context // limits.block_size)) * sizes[-1]
     # What runs on the step's stream shares a pool, and what goes in and comes out.
-    prompts = max(PREFILL_GRAPH_TOKENS, default=0)
-    shared = captured(config, way, limits, sizes[-1])
-    if prompts:
-        shared = max(shared, captured_prompts(config, way, limits, prompts))
-    shared = max(shared, captured_encoder(config, way, ENCODER_GRAPH_PATCHES[-1]))
+    shared = max(
+        captured(config, way, limits, sizes[-1]),
+        captured_prompts(config, way, limits, PREFILL_GRAPH_TOKENS[-1]),
+        captured_encoder(config, way, ENCODER_GRAPH_PATCHES[-1]),
+    )
     # Beside decodes the encoder's have a pool of their own.
-    beside = whole_segments(captured_encoder(config, way, BESIDE_PASS))
-    stay = exchanged_values(config) + BESIDE_PASS * config.vision.hidden_size
+    beside = whole_segments(captured_encoder(config, way, BESIDE_GRAPH_PATCHES[-1]))
+    stay = exchanged_values(config) + exchanged_beside(config)
     return inputs + whole_segments(shared) + beside + stay * way.itemsize + graph_driver_bytes(way, limits)
 
 
 def exchanged_values(config: ModelConfig) -> int:
     """Numbers that prompts' and the encoder's graphs on a step's stream have one place for: what goes in, and what
     comes out in its place."""
-    prompts = max(PREFILL_GRAPH_TOKENS, default=0) * config.text.hidden_size
+    prompts = PREFILL_GRAPH_TOKENS[-1] * config.text.hidden_size
     return max(prompts, ENCODER_GRAPH_PATCHES[-1] * config.vision.hidden_size)
+
+
+def exchanged_beside(config: ModelConfig) -> int:
+    """The same of the encoder's graphs beside decodes."""
+    return BESIDE_GRAPH_PATCHES[-1] * config.vision.hidden_size
 
 
 def graph_driver_bytes(way: Way, limits: Limits) -> int:
     """What captured graphs take outside of torch's allocator."""
     decodes = len(graph_sizes(captured_rows(limits.seqs, way.int4)))
-    beside = sum(size <= BESIDE_PASS for size in ENCODER_GRAPH_PATCHES)
-    return GRAPH_DRIVER * (decodes + len(PREFILL_GRAPH_TOKENS) + len(ENCODER_GRAPH_PATCHES) + beside)
+    encodes = len(ENCODER_GRAPH_PATCHES) + len(BESIDE_GRAPH_PATCHES)
+    return GRAPH_DRIVER * (decodes + len(PREFILL_GRAPH_TOKENS) + encodes)
 
 
 def slack_bytes(way: Way, space: Workspace, pictures: int) -> int:

@@ -56,10 +56,12 @@ BESIDE_SLICES = 8
 """Slices of such a pass."""
 BESIDE_PIXELS = 40 << 20
 """Bytes of originals that are uploaded at once (`huoyan.media.originals.LARGEST`)."""
-ENCODER_GRAPH_PATCHES = (1056, 2112, 3300, 4224, 5280, 6336, 7392)
-"""Patches that CUDA graphs of the encoder have room for: those of a pass, and beside decodes of such a pass."""
-ENCODER_GRAPH_SLICES = 8
-"""The same, in slices: as many as a pass has."""
+ENCODER_GRAPH_PATCHES = (1056, 2112, BESIDE_PASS, 4224, 5280, 6336, PASS_PATCHES)
+"""Patches that CUDA graphs of the encoder have room for."""
+BESIDE_GRAPH_PATCHES = ENCODER_GRAPH_PATCHES[:3]
+"""Those of graphs that run beside decodes."""
+ENCODER_GRAPH_SLICES = PASS_SLICES
+"""Slices that such a graph has room for."""
 ENCODER_GRAPH_LONGEST = 1152
 """Patches of a slice that has a graph at most: of the published size, whatever its shape."""
 

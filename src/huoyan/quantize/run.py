@@ -18,7 +18,7 @@ from huoyan.errors import CapacityError, InputError, ModelError
 from huoyan.layers.int4 import Int4Weight
 from huoyan.layers.int8 import Int8Embedding, Int8Linear, Int8Weight, round_to_int8
 from huoyan.models.checkpoint import Checkpoint, open_checkpoint
-from huoyan.models.config import read_json
+from huoyan.models.config import awq_config, read_json
 from huoyan.models.hub import resolve_model
 from huoyan.models.int4_formats import AWQ_ORDER, is_int4, pack_nibbles
 from huoyan.models.int8_tables import CONFIG_KEY, HEAD, TABLES
@@ -182,14 +182,7 @@ def quantize(
         **quality,
     }
     config = read_json(checkpoint.folder / "config.json")
-    config["quantization_config"] = {
-        "quant_method": "awq",
-        "bits": 4,
-        "group_size": group_size,
-        "zero_point": True,
-        "version": "gemm",
-        "modules_to_not_convert": _kept(chosen),
-    }
+    config["quantization_config"] = awq_config(group_size, _kept(chosen))
     if int8:
         config["quantization_config"][CONFIG_KEY] = "int8"
     config["torch_dtype"] = "float16"
