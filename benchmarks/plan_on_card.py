@@ -340,7 +340,7 @@ class Run:
         runner = self.engine.runner
         kinds = {
             "decode": runner._graphs,
-            "prefill": runner._prefill_graphs,
+            "steps": runner._step_graphs,
             "encoder": runner.encoder._graphs.get(False),
             "encoder beside": runner.encoder._graphs.get(True),
         }

@@ -11,7 +11,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from huoyan.engine import attention_cuda, decode_graph, prefill_graph, runner
+from huoyan.engine import decode_graph, runner, step_graph
 from huoyan.engine import engine as engine_module
 from huoyan.engine.beam_ops_cuda import KernelBeamOps
 from huoyan.engine.config import EngineConfig
@@ -21,37 +21,11 @@ from huoyan.engine.kv_cache import KVCache
 from huoyan.engine.speculation import NgramSpeculation
 from huoyan.kernels import paged_decode
 from huoyan.models.minicpmv import MiniCPMV
+from huoyan.planning.graphs import StepGraphSize
 from tests.engine.harness import drive
 from tests.engine.support import PlainAttention, greedy, plain_logits, request, tiny_model, words
 from tests.engine.test_kv_cache import ThroughEightBits
 from tests.engine.test_speculation import Oracle
-
-
-def packed_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor,
-    max_q: int,
-    max_k: int,
-    *,
-    causal: bool,
-) -> Tensor:
-    """Stands in for torch's flash attention, which has no CPU: causal, the queries at the end of the keys."""
-    assert causal
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    out = torch.empty_like(q)
-    edges = zip(cu_q.tolist(), cu_q.tolist()[1:], cu_k.tolist(), cu_k.tolist()[1:], strict=False)
-    for first_q, last_q, first_k, last_k in edges:
-        own, keys, values = q[first_q:last_q], k[first_k:last_k], v[first_k:last_k]
-        assert len(own) <= max_q
-        assert len(keys) <= max_k
-        scores = torch.einsum("qhd,khd->hqk", own, keys) * q.shape[-1] ** -0.5
-        future = torch.ones(len(own), len(keys), dtype=torch.bool).triu(len(keys) - len(own) + 1)
-        weights = scores.masked_fill(future, -torch.inf).softmax(-1)
-        out[first_q:last_q] = torch.einsum("hqk,khd->qhd", weights, values)
-    return out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/engine/test_gpu.py has the kernels themselves")
@@ -61,7 +35,6 @@ def test_the_fused_path(seed: int, name: str, monkeypatch: pytest.MonkeyPatch) -
     rng = random.Random(seed)
     model = tiny_model(41, head_dim=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
     monkeypatch.setattr(runner, "has_fused_attention", lambda model, kv_name: True)
-    monkeypatch.setattr(attention_cuda, "varlen_attention", packed_attention)
     monkeypatch.setattr(paged_decode, "parts_for", lambda batch, kv_heads: 2)
     requests = [request(f"r{i}", words(rng, rng.randint(3, 12)), greedy(5)) for i in range(2)]
     sizes = {"num_blocks": 40, "block_size": 4, "max_num_seqs": 8, "max_num_batched_tokens": 12}
@@ -98,6 +71,19 @@ class ReplayedHere(_Graph):
         pass
 
 
+class StepReplayedHere(step_graph._Graph):
+    """The same of a step that computes prompts."""
+
+    def __init__(self, model: MiniCPMV, x: Tensor, inputs: step_graph._Inputs, size: StepGraphSize) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=self._forward))
+            super().__init__(model, x, inputs, size)
+
+    def capture(self, pool: tuple[int, int] | None) -> None:
+        self._inputs.clear(self._size)
+        self._forward()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/engine/test_gpu.py has the kernels themselves")
 @pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("name", ["auto", "int8"])
@@ -107,12 +93,11 @@ def test_beams_on_the_fused_path(seed: int, name: str, graphs: bool, monkeypatch
     model = tiny_model(41, head_dim=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
     for module in (runner, engine_module):
         monkeypatch.setattr(module, "has_fused_attention", lambda model, kv_name: True)
-    monkeypatch.setattr(attention_cuda, "varlen_attention", packed_attention)
     monkeypatch.setattr(paged_decode, "parts_for", lambda batch, kv_heads: 2)
     monkeypatch.setattr(decode_graph, "_Graph", ReplayedHere)
     monkeypatch.setattr(decode_graph, "_USES_BEFORE_CAPTURE", 2)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(prefill_graph.PrefillGraphs, "run", lambda self, batch, x: None)
+    monkeypatch.setattr(step_graph, "_Graph", StepReplayedHere)
     requests = [
         request(f"b{width}", words(rng, rng.randint(3, 9)), greedy(6, n=width, use_beam_search=True))
         for width in (2, 3)
@@ -127,6 +112,8 @@ def test_beams_on_the_fused_path(seed: int, name: str, graphs: bool, monkeypatch
             assert engine._device_beams is not None
             engine._device_beams.ops = KernelBeamOps()
         outputs.append(drive(engine, requests))
+        # Searches among prompts, by graphs.
+        assert not graphs or engine.runner._step_graphs.num_captured  # type: ignore[union-attr]
     for req in requests:
         host, device = (found[req.request_id] for found in outputs)
         assert device.error is None

@@ -46,7 +46,18 @@ def test_an_mlp_in_pieces(rows: int, some: int, seed: int, monkeypatch: pytest.M
         gate, up = (part @ matrix.T).chunk(2, 1)
         return (torch.nn.functional.silu(gate) * up) @ down.T
 
-    torch.testing.assert_close(blocks.by_rows(whole, x, 24, some), whole(x))
+    def over(part: torch.Tensor) -> torch.Tensor:
+        return part.copy_(whole(part))
+
+    for compute in (whole, over):
+        given = x.clone()
+        assert blocks.over_rows(compute, given, some) is given
+        torch.testing.assert_close(given, whole(x))
+    place = torch.empty(rows, 80).double()
+    torch.testing.assert_close(
+        blocks.linear_by_blocks(x, 80, lambda start, stop: matrix[start:stop], out=place), x @ matrix.T
+    )
+    torch.testing.assert_close(place, x @ matrix.T)
 
 
 def test_the_pieces_of_an_mlp() -> None:

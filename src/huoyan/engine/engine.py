@@ -104,18 +104,26 @@ class Engine:
             self.config.kv_cache_dtype,
         )
         fused = has_fused_attention(model, cache.format.name)
-        graphs = prefills = shared = None
+        graphs = step_graphs = shared = None
         # Graphs are captured where steps run, and not on the default stream: so steps run on another.
         self._stream: torch.cuda.Stream | None = None
         if fused and not self.config.enforce_eager:
             from huoyan.engine.decode_graph import DecodeGraphs
             from huoyan.engine.graph_memory import GraphMemory
-            from huoyan.engine.prefill_graph import PrefillGraphs
+            from huoyan.engine.step_graph import StepGraphs
 
             shared = GraphMemory.of(model)
             rows = captured_rows(self.config.max_num_seqs, way_of_model(model, self.config).int4)
             graphs = DecodeGraphs(model, cache, rows, self.size.max_model_len, shared.pool)
-            prefills = PrefillGraphs(model, cache, shared)
+            step_graphs = StepGraphs(
+                model,
+                cache,
+                shared,
+                max_num_batched_tokens=self.config.max_num_batched_tokens,
+                max_num_seqs=self.config.max_num_seqs,
+                max_model_len=self.size.max_model_len,
+                decodes_alone=rows,
+            )
             self._stream = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
         self.run_ahead = fused if self.config.run_ahead is None else self.config.run_ahead
         # On a device without our kernels attention is planned on the host, which must know the beams' blocks.
@@ -128,7 +136,7 @@ class Engine:
             self.config.max_encoder_slices,
             self.size.limits.encoder_patches,
             graphs=graphs,
-            prefills=prefills,
+            step_graphs=step_graphs,
             device_beams=self._device_beams,
             shared=shared,
         )

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from huoyan.engine.in_flight import InFlight
     from huoyan.engine.kv_cache import KVCache
     from huoyan.engine.picture_cache import PictureCache
-    from huoyan.engine.prefill_graph import PrefillGraphs
     from huoyan.engine.schedule import Chunk, Schedule
+    from huoyan.engine.step_graph import StepGraphs
     from huoyan.media.types import PreparedPicture
     from huoyan.models.minicpmv import MiniCPMV
     from huoyan.models.qwen2 import Attend
@@ -51,7 +51,7 @@ class ForwardOutput:
 
 
 def has_fused_attention(model: MiniCPMV, kv_name: str = "auto") -> bool:
-    """Whether our kernels and torch's packed flash attention serve this model and cache where they lie.
+    """Whether our kernels serve this model and cache where they lie.
 
     `kv_name`: of the cache's `KVFormat`.
     """
@@ -79,12 +79,13 @@ class Runner:
         max_encoder_patches: int,
         *,
         graphs: DecodeGraphs | None = None,
-        prefills: PrefillGraphs | None = None,
+        step_graphs: StepGraphs | None = None,
         device_beams: DeviceBeams | None = None,
         shared: GraphMemory | None = None,
     ) -> None:
-        """`graphs`, `prefills`: steps captured as CUDA graphs; without them every step is launched kernel by kernel.
-        `device_beams`: where searches advance on the device. `shared`: memory of the graphs, for the encoder's."""
+        """`graphs`: steps of decodes captured as CUDA graphs, `step_graphs`: others; without them every step is
+        launched kernel by kernel. `device_beams`: where searches advance on the device. `shared`: memory of the graphs,
+        for the encoder's."""
         self.model = model
         self.cache = cache
         self.pictures = pictures
@@ -95,7 +96,7 @@ class Runner:
         self.device = cache.device
         self._fused = has_fused_attention(model, cache.format.name)
         self._graphs = graphs
-        self._prefill_graphs = prefills
+        self._step_graphs = step_graphs
         self._device_beams = device_beams
         self._workspace = Workspace()
         self._decode_rows = DecodeRows(cache.block_size)
@@ -109,8 +110,8 @@ class Runner:
         self.encoder.capture_all()
         if self._graphs is not None:
             self._graphs.capture_all()
-        if self._prefill_graphs is not None:
-            self._prefill_graphs.capture_all()
+        if self._step_graphs is not None:
+            self._step_graphs.capture_all()
 
     @torch.inference_mode()
     def encode(self, pictures: Sequence[PreparedPicture], beside: bool = True) -> dict[bytes, Exception]:
@@ -156,15 +157,17 @@ class Runner:
         if late is not None:
             token_ids = _with_late(token_ids, *late)
         # Beams' tokens are to be right before they are embedded.
-        attention = None if moves is None else self._attention(batch, token_ids, moves)
+        prepared = self._step_graphs.prepare(batch) if self._step_graphs is not None else None
+        attention = None if prepared is not None else self._attention(batch, token_ids, moves)
+        if prepared is not None and moves is not None:
+            moves.apply(token_ids, prepared.positions, prepared.slot_mapping, prepared.block_tables)
         x = self.model.embed(token_ids)
         if schedule.prefills:
             self._place_pictures(batch, x)
-        hidden = None
-        if self._prefill_graphs is not None and attention is None:
-            hidden = self._prefill_graphs.run(batch, x)
-        if hidden is None:
-            attention = attention or self._attention(batch, token_ids)
+        if prepared is not None:
+            hidden = prepared.run(x)
+        else:
+            assert attention is not None
             hidden = self.model.decoder(x, self._to_device(batch.positions), attention)
         rows = self._to_device(wanted)
         out = ForwardOutput(batch.sampling, self.model.head(hidden.index_select(0, rows)))

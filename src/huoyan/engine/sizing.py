@@ -129,17 +129,11 @@ def way_of_model(model: MiniCPMV, config: EngineConfig) -> Way:
     from huoyan.layers.int4 import Int4Linear
 
     kernels = has_fused_attention(model, KV_CACHE_DTYPES[config.kv_cache_dtype])
-    grouped = True
-    if kernels:
-        from huoyan.layers.varlen_attention import takes_grouped_heads
-
-        grouped = takes_grouped_heads()
     packings = {module.packing for module in model.modules() if isinstance(module, Int4Linear)}
     return Way(
         itemsize=model.dtype.itemsize,
         cuda=model.device.type == "cuda",
         kernels=kernels,
-        grouped=grouped,
         # Of several the one that takes the most.
         int4=next((name for name in ("bytes", "words", "cpu") if name in packings), None),
         kv8=config.kv_cache_dtype != "auto",

@@ -89,65 +89,73 @@ def _part_kernel(
     d_ok = d < HEAD_DIM
     q_ok = (g < GROUP)[:, None] & d_ok[None, :]
     q_heads = head * GROUP + g
-    if OVERLAP:
-        token = tl.minimum(first + t, length - 1)
-        block = tl.load(tables_ptr + row * table_stride + token // BLOCK_SIZE).to(tl.int64)
-        at = (block * BLOCK_SIZE + token % BLOCK_SIZE) * KV_HEADS + head
-        line = tl.arange(0, 2) * (HEAD_DIM // 2)
-        prefetch_lines(keys_ptr + at[:, None] * HEAD_DIM + line[None, :])
-        prefetch_lines(values_ptr + at[:, None] * HEAD_DIM + line[None, :])
+    if OVERLAP:  # noqa: SIM102, known when compiled and known when run
+        if length > 0:
+            token = tl.minimum(first + t, length - 1)
+            block = tl.load(tables_ptr + row * table_stride + token // BLOCK_SIZE).to(tl.int64)
+            at = (block * BLOCK_SIZE + token % BLOCK_SIZE) * KV_HEADS + head
+            line = tl.arange(0, 2) * (HEAD_DIM // 2)
+            prefetch_lines(keys_ptr + at[:, None] * HEAD_DIM + line[None, :])
+            prefetch_lines(values_ptr + at[:, None] * HEAD_DIM + line[None, :])
+    # Also where there is no sequence: what comes next waits for this kernel alone.
     wait(OVERLAP)
-    q = tl.load(q_ptr + row * q_stride + q_heads[:, None] * HEAD_DIM + d[None, :], mask=q_ok, other=0.0)
-    q = (q.to(tl.float32) * (scale * 1.4426950408889634)).to(q.dtype)
-    top = tl.full((GROUP_PADDED,), float("-inf"), dtype=tl.float32)
-    total = tl.zeros((GROUP_PADDED,), dtype=tl.float32)
-    acc = tl.zeros((GROUP_PADDED, DIM_PADDED), dtype=tl.float32)
-    for start in range(first, last, TILE):
-        token = start + t
-        ok = token < last
-        block = tl.load(tables_ptr + row * table_stride + token // BLOCK_SIZE, mask=ok, other=0).to(tl.int64)
-        at = (block * BLOCK_SIZE + token % BLOCK_SIZE) * KV_HEADS + head
-        kv_ok = ok[:, None] & d_ok[None, :]
-        k = _load(keys_ptr, key_scales_ptr, at, d, kv_ok, q, HEAD_DIM, SCALES)
-        scores = tl.dot(q, tl.trans(k))
-        scores = tl.where(ok[None, :], scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, axis=1))
-        shrink = tl.exp2(top - new_top)
-        p = tl.exp2(scores - new_top[:, None])
-        total = total * shrink + tl.sum(p, axis=1)
-        v = _load(values_ptr, value_scales_ptr, at, d, kv_ok, q, HEAD_DIM, SCALES)
-        acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v)
-        top = new_top
-    g_ok = g < GROUP
-    if PARTS == 1:
-        result = acc / total[:, None]
-        out_at = (row * KV_HEADS * GROUP + q_heads[:, None]) * HEAD_DIM + d[None, :]
-        tl.store(out_ptr + out_at, result.to(out_ptr.dtype.element_ty), mask=q_ok)
-    else:
-        head_row = (row * KV_HEADS * GROUP + q_heads) * PARTS + part
-        tl.store(part_max_ptr + head_row, top, mask=g_ok)
-        tl.store(part_sum_ptr + head_row, total, mask=g_ok)
-        tl.store(part_out_ptr + head_row[:, None] * HEAD_DIM + d[None, :], acc, mask=q_ok)
+    if length > 0:
+        q = tl.load(q_ptr + row * q_stride + q_heads[:, None] * HEAD_DIM + d[None, :], mask=q_ok, other=0.0)
+        q = (q.to(tl.float32) * (scale * 1.4426950408889634)).to(q.dtype)
+        top = tl.full((GROUP_PADDED,), float("-inf"), dtype=tl.float32)
+        total = tl.zeros((GROUP_PADDED,), dtype=tl.float32)
+        acc = tl.zeros((GROUP_PADDED, DIM_PADDED), dtype=tl.float32)
+        for start in range(first, last, TILE):
+            token = start + t
+            ok = token < last
+            block = tl.load(tables_ptr + row * table_stride + token // BLOCK_SIZE, mask=ok, other=0).to(
+                tl.int64
+            )
+            at = (block * BLOCK_SIZE + token % BLOCK_SIZE) * KV_HEADS + head
+            kv_ok = ok[:, None] & d_ok[None, :]
+            k = _load(keys_ptr, key_scales_ptr, at, d, kv_ok, q, HEAD_DIM, SCALES)
+            scores = tl.dot(q, tl.trans(k))
+            scores = tl.where(ok[None, :], scores, float("-inf"))
+            new_top = tl.maximum(top, tl.max(scores, axis=1))
+            shrink = tl.exp2(top - new_top)
+            p = tl.exp2(scores - new_top[:, None])
+            total = total * shrink + tl.sum(p, axis=1)
+            v = _load(values_ptr, value_scales_ptr, at, d, kv_ok, q, HEAD_DIM, SCALES)
+            acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v)
+            top = new_top
+        g_ok = g < GROUP
+        if PARTS == 1:
+            result = acc / total[:, None]
+            out_at = (row * KV_HEADS * GROUP + q_heads[:, None]) * HEAD_DIM + d[None, :]
+            tl.store(out_ptr + out_at, result.to(out_ptr.dtype.element_ty), mask=q_ok)
+        else:
+            head_row = (row * KV_HEADS * GROUP + q_heads) * PARTS + part
+            tl.store(part_max_ptr + head_row, top, mask=g_ok)
+            tl.store(part_sum_ptr + head_row, total, mask=g_ok)
+            tl.store(part_out_ptr + head_row[:, None] * HEAD_DIM + d[None, :], acc, mask=q_ok)
 
 
 @triton.jit
 def _join_kernel(
-    out_ptr, part_out_ptr, part_max_ptr, part_sum_ptr,
-    HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, PARTS: tl.constexpr, OVERLAP: tl.constexpr,
+    out_ptr, part_out_ptr, part_max_ptr, part_sum_ptr, lens_ptr,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, PARTS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     begin(OVERLAP)
     head_row = tl.program_id(0)
-    part = tl.arange(0, PARTS)
-    d = tl.arange(0, DIM_PADDED)
-    d_ok = d < HEAD_DIM
+    length = tl.load(lens_ptr + head_row // HEADS)
     wait(OVERLAP)
-    top = tl.load(part_max_ptr + head_row * PARTS + part)
-    weight = tl.exp2(top - tl.max(top, axis=0))
-    total = tl.sum(tl.load(part_sum_ptr + head_row * PARTS + part) * weight, axis=0)
-    at = (head_row * PARTS + part)[:, None] * HEAD_DIM + d[None, :]
-    parts = tl.load(part_out_ptr + at, mask=d_ok[None, :], other=0.0)
-    result = tl.sum(parts * weight[:, None], axis=0) / total
-    tl.store(out_ptr + head_row * HEAD_DIM + d, result.to(out_ptr.dtype.element_ty), mask=d_ok)
+    if length > 0:
+        part = tl.arange(0, PARTS)
+        d = tl.arange(0, DIM_PADDED)
+        d_ok = d < HEAD_DIM
+        top = tl.load(part_max_ptr + head_row * PARTS + part)
+        weight = tl.exp2(top - tl.max(top, axis=0))
+        total = tl.sum(tl.load(part_sum_ptr + head_row * PARTS + part) * weight, axis=0)
+        at = (head_row * PARTS + part)[:, None] * HEAD_DIM + d[None, :]
+        parts = tl.load(part_out_ptr + at, mask=d_ok[None, :], other=0.0)
+        result = tl.sum(parts * weight[:, None], axis=0) / total
+        tl.store(out_ptr + head_row * HEAD_DIM + d, result.to(out_ptr.dtype.element_ty), mask=d_ok)
 
 
 def paged_decode(
@@ -160,6 +168,7 @@ def paged_decode(
     value_scales: Tensor | None = None,
     *,
     parts: int | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Attention of one query row a sequence.
 
@@ -167,17 +176,20 @@ def paged_decode(
         q: [B, heads, head_dim], each row contiguous.
         keys, values: one layer of the cache, [num_blocks, block_size, kv_heads, head_dim].
         block_tables: int32 [B, most blocks].
-        seq_lens: int32 [B], at least 1: tokens to attend to, the new one (written already) included.
+        seq_lens: int32 [B], tokens to attend to, the new one (written already) included; 0 where no sequence is.
         key_scales, value_scales: of 8-bit caches, float16 [num_blocks, block_size, kv_heads, groups].
+        parts: of the context, a power of two; by default as `parts_for` says.
+        out: [B, heads, head_dim], contiguous, where answers go; rows of no sequence stay as they are.
 
     Returns:
-        [B, heads, head_dim] in the dtype of q.
+        `out`, or a new tensor in the dtype of q.
     """
     batch, heads, head_dim = q.shape
     block_size, kv_heads = keys.shape[1], keys.shape[2]
     group = heads // kv_heads
     parts = parts or parts_for(batch, kv_heads)
-    out = torch.empty((batch, heads, head_dim), dtype=q.dtype, device=q.device)
+    if out is None:
+        out = torch.empty((batch, heads, head_dim), dtype=q.dtype, device=q.device)
     shape = (batch, heads, parts) if parts > 1 else (1, 1, 1)
     part_out = torch.empty((*shape, head_dim), dtype=torch.float32, device=q.device)
     part_max = torch.empty(shape, dtype=torch.float32, device=q.device)
@@ -195,7 +207,7 @@ def paged_decode(
     )  # fmt: skip
     if parts > 1:
         _join_kernel[(batch * heads,)](
-            out, part_out, part_max, part_sum, HEAD_DIM=head_dim, DIM_PADDED=padded, PARTS=parts,
-            OVERLAP=overlap, num_warps=4, **launch_options(overlap),
+            out, part_out, part_max, part_sum, seq_lens, HEADS=heads, HEAD_DIM=head_dim, DIM_PADDED=padded,
+            PARTS=parts, OVERLAP=overlap, num_warps=4, **launch_options(overlap),
         )  # fmt: skip
     return out

@@ -18,16 +18,18 @@ def linear_by_blocks(
     dense: Callable[[int, int], Tensor],
     bias: Tensor | None = None,
     rows: int | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """x [T, in] times a matrix [width_out, in], of which `dense(start, stop)` gives some rows -> [T, width_out].
 
-    `rows`: how many at a time, where they are other than `dense_rows`.
+    `rows`: how many at a time, where they are other than `dense_rows`; `out`: where the result goes, if not to memory
+    of its own.
     """
     rows = rows or dense_rows(width_out, x.shape[1], x.is_cuda and decode_kernels_enabled())
-    if rows >= width_out:
+    if rows >= width_out and out is None:
         return nn.functional.linear(x, dense(0, width_out), bias)
     # Filled piece by piece: to join the pieces would take the product's memory twice.
-    out = x.new_empty(x.shape[0], width_out)
+    out = x.new_empty(x.shape[0], width_out) if out is None else out
     for start in range(0, width_out, rows):
         stop = min(start + rows, width_out)
         to, some = out[:, start:stop], dense(start, stop).T
@@ -53,9 +55,10 @@ def gated_by_blocks(x: Tensor, width: int, dense: Callable[[int, int], Tensor], 
     return out
 
 
-def by_rows(compute: Callable[[Tensor], Tensor], x: Tensor, width: int, some: int) -> Tensor:
-    """compute(x) [T, width] for `some` rows of x [T, in] at a time."""
-    out = x.new_empty(x.shape[0], width)
-    for into, part in zip(out.split(some), x.split(some), strict=True):
-        into.copy_(compute(part))
-    return out
+def over_rows(compute: Callable[[Tensor], Tensor], x: Tensor, some: int) -> Tensor:
+    """x [T, width] becomes compute(x), `some` rows at a time; `compute` may give its argument, written over."""
+    for part in x.split(some):
+        found = compute(part)
+        if found.data_ptr() != part.data_ptr():
+            part.copy_(found)
+    return x

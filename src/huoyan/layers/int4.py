@@ -12,6 +12,7 @@ from huoyan.kernels import decode_kernels_enabled
 from huoyan.layers import int4_cpu
 from huoyan.layers.blocks import gated_by_blocks, linear_by_blocks
 from huoyan.layers.fused import silu_mul
+from huoyan.layers.linear import may_be_over
 from huoyan.planning.pieces import FEW_ROWS, UP_ROWS, mlp_rows
 
 
@@ -110,9 +111,11 @@ class Int4Linear(nn.Module):
             out = linear_by_blocks(rows, self.width_out, self.weight_rows, self.bias)
         return out.view(*x.shape[:-1], self.width_out)
 
-    def parts(self, x: Tensor) -> Tensor:
+    def parts(self, x: Tensor, over: Tensor | None = None) -> Tensor:
         """See `huoyan.layers.linear.Linear.parts`."""
         if self.packing != "words" or not self._few(x):
+            if self.packing == "words" and self.bias is None and may_be_over(x, over, self.width_out):
+                return linear_by_blocks(x, self.width_out, self._dense(x), out=over)
             whole: Tensor = self(x)
             return whole
         from huoyan.kernels.int4_matmul import int4_matmul

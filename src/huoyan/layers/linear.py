@@ -60,15 +60,20 @@ class Linear(nn.Module):
             return out
         return nn.functional.linear(x, self.whole)[:, : len(self.weight)]
 
-    def parts(self, x: Tensor) -> Tensor:
+    def parts(self, x: Tensor, over: Tensor | None = None) -> Tensor:
         """What `forward` gives, or for a few rows on CUDA what may be ready sooner: float32 [S, T, out], to be summed
-        and given the bias by whoever reads it."""
+        and given the bias by whoever reads it. `over` [T, out] may be written over."""
         if not reads_few_rows(x, self.width_in):
-            whole: Tensor = self(x)
-            return whole
+            return self._over(x, over)
         from huoyan.kernels.dense_matmul import dense_matmul
 
         return dense_matmul(x, self.weight, parts=True)
+
+    def _over(self, x: Tensor, over: Tensor | None) -> Tensor:
+        if self.bias is not None or not may_be_over(x, over, len(self.weight)):
+            whole: Tensor = self(x)
+            return whole
+        return torch.mm(x, self.weight.t(), out=over)
 
     def gated(self, x: Tensor) -> Tensor:
         """silu(a) * b, of two matrices of equal widths without bias: [T, in] -> [T, out / 2]."""
@@ -86,6 +91,14 @@ class Linear(nn.Module):
         from huoyan.kernels.dense_matmul import dense_matmul
 
         return dense_matmul(x, self.weight, dtype=torch.float32)
+
+
+def may_be_over(x: Tensor, over: Tensor | None, width_out: int) -> bool:
+    """Whether a product of x [T, in] can be, and is better, written to `over`: on CUDA, where nothing is to be
+    differentiated."""
+    if over is None or not x.is_cuda or torch.is_grad_enabled():
+        return False
+    return over.dtype == x.dtype and over.shape == (len(x), width_out)
 
 
 def reads_few_rows(x: Tensor, width_in: int) -> bool:

@@ -7,7 +7,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from huoyan.layers.blocks import by_rows
+from huoyan.layers.blocks import over_rows
 from huoyan.layers.embedding import embedding
 from huoyan.layers.fused import add_norm
 from huoyan.layers.linear import Linear
@@ -45,11 +45,14 @@ class Attention(nn.Module):
         self.qkv_proj = Linear(config.hidden_size, (q, kv, kv), bias=True)
         self.o_proj = Linear(q, (config.hidden_size,), bias=False)
 
-    def forward(self, layer: int, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+    def forward(
+        self, layer: int, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, over: bool = False
+    ) -> Tensor:
+        """`over`: x [T, hidden] may be written over."""
         if hasattr(attend, "rotate_and_attend"):
             bias = self.qkv_proj.bias
             fused = cast(FusedAttend, attend).rotate_and_attend(layer, self.qkv_proj.parts(x), bias)
-            return self.o_proj.parts(fused)
+            return self.o_proj.parts(fused, x if over else None)
         qkv: Tensor = self.qkv_proj(x)
         heads = qkv.unflatten(-1, (-1, self.head_dim))
         rotated = apply_rope(heads[:, : self.heads + self.kv_heads], cos, sin)
@@ -68,18 +71,18 @@ class MLP(nn.Module):
         self.gate_up_proj = Linear(config.hidden_size, (width, width), bias=False)
         self.down_proj = Linear(width, (config.hidden_size,), bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        some = len(x)
-        if x.is_cuda and isinstance(self.gate_up_proj, Linear) and not torch.is_grad_enabled():
+    def forward(self, x: Tensor, over: bool = False) -> Tensor:
+        """x [T, hidden] -> the same; `over`: x may be written over."""
+        if over and x.is_cuda and isinstance(self.gate_up_proj, Linear) and not torch.is_grad_enabled():
             # Of a long prompt this is a step's widest tensor. An int4 matrix, which would be made dense for each piece,
             # has a way of its own.
-            some = mlp_rows(some)
-        if some < len(x):
-            return by_rows(self._whole, x, x.shape[1], some)
-        return self._whole(x)
+            some = mlp_rows(len(x))
+            if some < len(x):
+                return over_rows(lambda part: self._whole(part, True), x, some)
+        return self._whole(x, over)
 
-    def _whole(self, x: Tensor) -> Tensor:
-        return self.down_proj.parts(self.gate_up_proj.gated(x))
+    def _whole(self, x: Tensor, over: bool) -> Tensor:
+        return self.down_proj.parts(self.gate_up_proj.gated(x), x if over else None)
 
 
 class DecoderLayer(nn.Module):
@@ -97,9 +100,9 @@ class DecoderLayer(nn.Module):
         # The first layer's are its caller's.
         own = layer > 0
         x, residual = add_norm(self.input_layernorm, x, residual, own)
-        x = self.self_attn(layer, x, cos, sin, attend)
+        x = self.self_attn(layer, x, cos, sin, attend, over=True)
         x, residual = add_norm(self.post_attention_layernorm, x, residual, own)
-        return self.mlp(x), residual
+        return self.mlp(x, over=True), residual
 
 
 class Decoder(nn.Module):

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from huoyan.planning.pieces import FEW_ROWS
+from bisect import bisect_left
+from dataclasses import dataclass
 
-PREFILL_GRAPH_TOKENS = (64, 128, 192, 256, 320, 384, 448, 512, 576, 640, 704, 768)
-"""Tokens of a step of whole prompts that get a graph; beyond, the device keeps the host waiting anyway."""
-PREFILL_GRAPH_PROMPTS = 8
-"""Prompts of such a step at most."""
+from huoyan.planning.pieces import FEW_ROWS, prefill_tile
+
+PROMPT_GRAPH_TOKENS = (64, 128, 192, 256, 320, 384, 448, 512, 576, 640, 704, 768)
+"""Tokens of a step that computes a few prompts alone and has a graph."""
+PROMPT_GRAPH_CHUNKS = 8
+"""Prompts, or pieces of them, of such a step at most."""
+STEP_GRAPH_TOKENS: tuple[int, ...] = (*range(128, 1024, 128), *range(1024, 2049, 256))
+"""Tokens of any other step that has a graph: prompts beside decodes, many prompts. Beyond, the device keeps the host
+waiting anyway."""
+STEP_GRAPH_CHUNKS = 32
+"""Prompts, or pieces of them, of such a step at most."""
+STEP_GRAPH_PARTS = 4
+"""Parts of a decode's context there: how many decode, and how long they are, is not known when it is captured."""
 
 
 def graph_sizes(most: int) -> list[int]:
@@ -22,6 +32,47 @@ def graph_sizes(most: int) -> list[int]:
 
 
 def captured_rows(most: int, int4: str | None) -> int:
-    """Rows of the largest graph where `most` sequences decode at once: beyond its kernels' rows an int4 matrix is made
-    dense, for which a graph would need memory of its own, and which takes longer than the launches."""
+    """Rows of the largest graph of decodes alone where `most` sequences decode at once: beyond its kernels' rows an
+    int4 matrix is made dense, for which such a graph would need memory of its own."""
     return min(most, FEW_ROWS) if int4 == "words" else most
+
+
+@dataclass(frozen=True)
+class StepGraphSize:
+    """What the graph of a step that computes prompts has room for."""
+
+    tokens: int
+    decodes: int
+    chunks: int
+
+    @property
+    def queries(self) -> int:
+        """Of a tile of `huoyan.kernels.paged_prefill`."""
+        return prefill_tile(self.tokens)
+
+    @property
+    def tiles(self) -> int:
+        """Of a chunk all but the last are full."""
+        return self.tokens // self.queries + min(self.chunks, self.tokens)
+
+    @property
+    def numbers(self) -> int:
+        """Integers that describe a step: positions, slots, the decodes' lengths, and four a tile."""
+        return 2 * self.tokens + self.decodes + 4 * self.tiles
+
+
+def step_graph_sizes(most_tokens: int, most_seqs: int) -> tuple[list[StepGraphSize], list[StepGraphSize]]:
+    """(those of a few prompts alone, those of anything), of steps of `most_tokens` tokens, `most_seqs` sequences."""
+    few, any_step = (
+        sizes[: bisect_left(sizes, most_tokens) + 1] for sizes in (PROMPT_GRAPH_TOKENS, STEP_GRAPH_TOKENS)
+    )
+    return (
+        [StepGraphSize(tokens, 0, PROMPT_GRAPH_CHUNKS) for tokens in few],
+        [StepGraphSize(tokens, min(tokens, most_seqs), STEP_GRAPH_CHUNKS) for tokens in any_step],
+    )
+
+
+def step_graph_inputs(sizes: list[StepGraphSize], most_blocks: int) -> tuple[int, tuple[int, int]]:
+    """Integers that such graphs read: (those that describe a step, rows and blocks of its tables)."""
+    rows = max(size.decodes + size.chunks for size in sizes)
+    return max(size.numbers for size in sizes), (rows, most_blocks)

@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING
 from huoyan.engine.kv_format import kv_bytes_per_token
 from huoyan.planning.allocator import grows, reserved_bytes, whole_segments
 from huoyan.planning.driver import GRAPH_DRIVER, context_bytes
-from huoyan.planning.graphs import PREFILL_GRAPH_TOKENS, captured_rows, graph_sizes
+from huoyan.planning.graphs import (
+    STEP_GRAPH_TOKENS,
+    captured_rows,
+    graph_sizes,
+    step_graph_inputs,
+    step_graph_sizes,
+)
 from huoyan.planning.pieces import (
     BESIDE_GRAPH_PATCHES,
     ENCODER_GRAPH_PATCHES,
@@ -25,7 +31,7 @@ from huoyan.planning.workspace import (
     Workspace,
     captured,
     captured_encoder,
-    captured_prompts,
+    captured_steps,
     with_encoder_passes,
     workspace,
 )
@@ -156,12 +162,15 @@ def graph_bytes(config: ModelConfig, engine: EngineConfig, way: Way, limits: Lim
     if not way.kernels or engine.enforce_eager:
         return 0
     sizes = graph_sizes(captured_rows(limits.seqs, way.int4))
-    # Token, position, slot, length and blocks of every row.
-    inputs = 4 * (4 + -(-limits.context // limits.block_size)) * sizes[-1]
+    few, mixed = step_graph_sizes(limits.tokens, limits.seqs)
+    blocks = -(-limits.context // limits.block_size)
+    numbers, tables = step_graph_inputs([*few, *mixed], blocks)
+    # Token, position, slot, length and blocks of every row of a decode; what describes a step with prompts.
+    inputs = 4 * ((4 + blocks) * sizes[-1] + numbers + tables[0] * tables[1])
     # What runs on the step's stream shares a pool, and what goes in and comes out.
     shared = max(
         captured(config, way, limits, sizes[-1]),
-        captured_prompts(config, way, limits, PREFILL_GRAPH_TOKENS[-1]),
+        captured_steps(config, way, limits, mixed[-1].tokens, mixed[-1].decodes),
         captured_encoder(config, way, ENCODER_GRAPH_PATCHES[-1]),
     )
     # Beside decodes the encoder's have a pool of their own.
@@ -171,9 +180,9 @@ def graph_bytes(config: ModelConfig, engine: EngineConfig, way: Way, limits: Lim
 
 
 def exchanged_values(config: ModelConfig) -> int:
-    """Numbers that prompts' and the encoder's graphs on a step's stream have one place for: what goes in, and what
-    comes out in its place."""
-    prompts = PREFILL_GRAPH_TOKENS[-1] * config.text.hidden_size
+    """Numbers that the graphs of prompts and of the encoder on a step's stream have one place for: what goes in, and
+    what comes out in its place."""
+    prompts = STEP_GRAPH_TOKENS[-1] * config.text.hidden_size
     return max(prompts, ENCODER_GRAPH_PATCHES[-1] * config.vision.hidden_size)
 
 
@@ -186,7 +195,8 @@ def graph_driver_bytes(way: Way, limits: Limits) -> int:
     """What captured graphs take outside of torch's allocator."""
     decodes = len(graph_sizes(captured_rows(limits.seqs, way.int4)))
     encodes = len(ENCODER_GRAPH_PATCHES) + len(BESIDE_GRAPH_PATCHES)
-    return GRAPH_DRIVER * (decodes + len(PREFILL_GRAPH_TOKENS) + encodes)
+    few, mixed = step_graph_sizes(limits.tokens, limits.seqs)
+    return GRAPH_DRIVER * (decodes + len(few) + len(mixed) + encodes)
 
 
 def slack_bytes(way: Way, space: Workspace, pictures: int) -> int:

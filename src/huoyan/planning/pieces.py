@@ -9,7 +9,7 @@ MLP_ROWS = 1024
 UP_ROWS = 768
 """The same of the products that int4 gates are multiplied by, which lie beside the gates of all tokens."""
 GATHER_TOKENS = 32768
-"""Tokens whose keys and values are gathered for attention at once, save that one sequence's always are."""
+"""Tokens whose keys and values the plain attention gathers at once, save that one sequence's always are."""
 MASK_VALUES = 1 << 24
 """Values of an attention mask."""
 DENSE_VALUES = 1 << 24
@@ -93,6 +93,12 @@ def mlp_rows(tokens: int, most: int = MLP_ROWS) -> int:
     """Tokens of so many that go through the decoder's MLP at once, with our kernels on: all, or pieces of one size."""
     pieces = -(-tokens // most)
     return tokens if pieces <= 1 else -(-tokens // pieces // _TILE) * _TILE
+
+
+def prefill_tile(tokens: int) -> int:
+    """Queries that a program of the prefill kernel takes, where a step computes, or one of its tokens sees, so many
+    tokens: large tiles read fewer keys, small ones are more programs."""
+    return 64 if tokens <= 1024 else 128
 
 
 def unpacked_rows(out: int, width: int) -> int:

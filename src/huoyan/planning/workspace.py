@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from huoyan.planning.graphs import STEP_GRAPH_PARTS
 from huoyan.planning.pieces import (
     BESIDE_PASS,
     BESIDE_PATCHES,
@@ -61,8 +62,6 @@ class Way:
     cuda: bool
     kernels: bool = False
     """Our own attention kernels and CUDA graphs."""
-    grouped: bool = True
-    """torch's packed attention takes grouped heads."""
     int4: str | None = None
     """How int4 matrices are packed: "bytes", "words", "cpu"; None where there are none."""
     kv8: bool = False
@@ -154,7 +153,7 @@ def encoder(
     vision, width = config.vision, config.text.hidden_size
     e, C, M = way.itemsize, vision.hidden_size, vision.intermediate_size
     pixels = vision.num_channels * vision.patch_size**2
-    own_kernels = way.cuda and way.kernels and way.grouped
+    own_kernels = way.cuda and way.kernels
     # The patches in the model's dtype stay to the end; on CUDA so do the bytes they were made of.
     own = pixels * (e + 1) if held else 0
     moments = [
@@ -234,22 +233,24 @@ def captured_encoder(config: ModelConfig, way: Way, patches: int) -> int:
     return patches * (C + max(3 * C, M)) * way.itemsize + MIB // 4
 
 
-def captured_prompts(config: ModelConfig, way: Way, limits: Limits, rows: int) -> int:
-    """What a CUDA graph of whole prompts of `rows` tokens has of its own: embeddings and states lie outside."""
-    inside = _decoder(config, way, replace(limits, tokens=rows, seqs=rows), gathers=False)
+def captured_steps(config: ModelConfig, way: Way, limits: Limits, rows: int, decodes: int) -> int:
+    """What a CUDA graph of a step that computes prompts has of its own, of `rows` tokens with room for `decodes`:
+    embeddings and states lie outside."""
+    inside = _decoder(config, way, replace(limits, tokens=rows, seqs=rows), graph=True, decodes=decodes)
     return inside - rows * config.text.hidden_size * way.itemsize
 
 
 def captured(config: ModelConfig, way: Way, limits: Limits, rows: int) -> int:
-    """A decode step of `rows` rows up to the head, as a CUDA graph has it: nothing is gathered, no slots are sent."""
+    """A decode step of `rows` rows up to the head, as a CUDA graph has it: no slots are sent."""
     found = max(
-        _decoder(config, way, replace(limits, tokens=count, seqs=count), gathers=False)
+        _decoder(config, way, replace(limits, tokens=count, seqs=count), graph=True)
         for count in {rows, min(rows, FEW_ROWS), min(rows, 64), min(rows, 16)}
     )
     return found + rows * config.text.hidden_size * way.itemsize
 
 
-def _decoder(config: ModelConfig, way: Way, limits: Limits, gathers: bool = True) -> int:
+def _decoder(config: ModelConfig, way: Way, limits: Limits, *, graph: bool = False, decodes: int = 0) -> int:
+    """`graph`: captured, with room for `decodes` whose context is in parts."""
     text = config.text
     e, T = way.itemsize, limits.tokens
     H, I = text.hidden_size, text.intermediate_size
@@ -264,35 +265,33 @@ def _decoder(config: ModelConfig, way: Way, limits: Limits, gathers: bool = True
     # In float32: a copy, two halves' products, their sums, all of it joined; then rounded.
     rope = T * ((A + 2 * K) * e + (A + K) * (8 if e == 4 else 12))
     if way.kernels:
-        # q k v, rotated where they are unless they come in parts; the answers in parts and joined.
+        # q k v, rotated where they are unless they come in parts; the answers.
         rotated = 0 if over else A + 2 * K
-        attention = T * ((A + 2 * K) + rotated + 2 * A) * e + _packed(config, way, limits, gathers)
+        attention = T * ((A + 2 * K) + rotated + A) * e + _decode_parts(config, decodes)
     else:
         # q k v, rotated, keys and values as they are written, the answers in parts and joined.
         attention = T * ((A + 2 * K) + (A + K) + 2 * K + 2 * A) * e + _plain_attention(config, way, limits)
         attention = max(attention, rope)
-    if way.kv8:
+    if way.kv8 and not way.kernels:
         # Stored and read again, in float32 in between.
         attention += T * 2 * K * 12
-    o_proj = T * ((A + 2 * K) + (0 if over else A + K) + A + H) * e
+    # Over many rows the answers of products are written over the layer's input.
+    o_proj = T * ((A + 2 * K) + (0 if over else A + K + H) + A) * e
     o_proj += _int4(way, T, H, A)
     if over and way.int4 == "words":
         # All gates, some rows of what they gate, written over the gates.
-        mlp = max(T * I + mlp_rows(T, UP_ROWS) * I, T * (I + H)) * e
+        mlp = (T + mlp_rows(T, UP_ROWS)) * I * e
     else:
-        # The rows that go through together; the answers of all beside those of these.
-        some = mlp_rows(T) if way.kernels and way.int4 is None else T
+        # The rows that go through together.
+        some = mlp_rows(T) if over and way.int4 is None else T
         gate_up = some * 2 * I * e + _int4(way, some, 2 * I, H)
         # On CUDA written over the gates, where it lies to the end.
         silu = some * (2 if way.cuda else 4) * I * e
-        down = some * ((2 if way.cuda else 1) * I + H) * e + _int4(way, some, H, I)
-        mlp = max(gate_up, silu, down) + (T * H * e if some < T else 0)
-    if over:
-        # Attention's answer, which the norm is written over, beside the layer's input.
-        mlp += T * H * e
+        down = some * ((2 if way.cuda else 1) * I + (0 if over else H)) * e + _int4(way, some, H, I)
+        mlp = max(gate_up, silu, down)
     qkv = T * (A + 2 * K) * e + _int4(way, T, A + 2 * K, H)
     # A graph's inputs are counted beside it; it makes them int64, and contiguous.
-    index = _index(limits, way) if gathers else 64 * T
+    index = 64 * T if graph else _index(limits, way)
     return base + max(norm, qkv, attention, o_proj, mlp) + index + wide * MIB // 4
 
 
@@ -310,19 +309,11 @@ def _plain_attention(config: ModelConfig, way: Way, limits: Limits) -> int:
     return mask + decode_masks + lse + packed + _flash(way, text.head_dim)
 
 
-def _packed(config: ModelConfig, way: Way, limits: Limits, gathers: bool) -> int:
-    """Keys and values of earlier tokens, gathered for packed prefill; partial sums of split decodes."""
+def _decode_parts(config: ModelConfig, decodes: int) -> int:
+    """Partial sums of decodes whose context is read in parts, in float32: as many as fill the device, or a graph's."""
     text = config.text
-    A, K = _widths(config)
-    parts = max(264 // text.num_key_value_heads, 1) * text.num_attention_heads * (text.head_dim + 2) * 4
-    lse = limits.tokens * text.num_attention_heads * 4
-    if not gathers:
-        return lse + 2 * parts
-    tokens = max(limits.context, GATHER_TOKENS)
-    keys = 2 * tokens * K * way.itemsize + (0 if way.grouped else 2 * tokens * A * way.itemsize)
-    # Of 8 bits: as they are stored, their scales, and the product in float32 where the scales are.
-    stored = tokens * K * (1 + 4) if way.kv8 else 0
-    return keys + stored + tokens * 8 + lse + 2 * parts
+    rows = max(2 * 264 // text.num_key_value_heads, decodes * STEP_GRAPH_PARTS)
+    return rows * text.num_attention_heads * (text.head_dim + 2) * 4
 
 
 def _logits(config: ModelConfig, way: Way, limits: Limits) -> tuple[int, int]:

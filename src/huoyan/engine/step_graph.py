@@ -1,0 +1,251 @@
+"""Steps that compute prompts as CUDA graphs: the decoder over prompts, beside decodes or alone, without a launch from
+the host for each kernel.
+
+Their kernels take the device less time than a busy host needs to launch them one by one, up to some thousand tokens;
+int4 weights, which are unpacked piece by piece, need twice as many. A graph belongs to a number of tokens; steps are
+filled up to the next one. Which of its rows are decodes, where prompts begin and what they attend to is read on the
+device.
+"""
+
+from __future__ import annotations
+
+import logging
+from bisect import bisect_left
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from huoyan.engine.graph_stream import capture_stream
+from huoyan.engine.rotated_attention import RotatedAttention
+from huoyan.kernels.paged_decode import paged_decode
+from huoyan.kernels.paged_prefill import paged_prefill, prefill_tiles
+from huoyan.planning.graphs import STEP_GRAPH_PARTS, StepGraphSize, step_graph_inputs, step_graph_sizes
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from huoyan.engine.batch import Batch
+    from huoyan.engine.graph_memory import GraphMemory
+    from huoyan.engine.kv_cache import KVCache
+    from huoyan.models.minicpmv import MiniCPMV
+
+log = logging.getLogger(__name__)
+
+
+class StepGraphs:
+    """Captures a size when it is needed for the second time; all graphs share one memory pool."""
+
+    def __init__(
+        self,
+        model: MiniCPMV,
+        cache: KVCache,
+        memory: GraphMemory,
+        *,
+        max_num_batched_tokens: int,
+        max_num_seqs: int,
+        max_model_len: int,
+        decodes_alone: int,
+    ) -> None:
+        """`decodes_alone`: rows up to which `DecodeGraphs` has steps of decodes only."""
+        self._model = model
+        self._pool = memory.pool
+        self._decodes_alone = decodes_alone
+        self._prompts, self._mixed = step_graph_sizes(max_num_batched_tokens, max_num_seqs)
+        self._graphs: dict[StepGraphSize, _Graph | None] = {}
+        """None where a size was needed once."""
+        self._gave_up = False
+        # One of each for all sizes: each graph's own would stay with it.
+        sizes = [*self._prompts, *self._mixed]
+        width = model.config.text.hidden_size
+        self._x = memory.exchange[: max(size.tokens for size in sizes) * width].view(-1, width)
+        self._inputs = _Inputs(cache, sizes, max_model_len)
+
+    def prepare(self, batch: Batch) -> Prepared | None:
+        """A step's graph, with what it needs to know on its way to the device; None where it is not captured."""
+        size = None if self._gave_up else self._size_for(batch)
+        if size is None:
+            return None
+        if size not in self._graphs:
+            self._graphs[size] = None
+            return None
+        graph = self._graphs[size] or self._capture(size)
+        if graph is None:
+            return None
+        self._inputs.fill(size, batch)
+        return Prepared(graph, batch.num_tokens)
+
+    def capture_all(self) -> None:
+        """Every size, the largest first: the others find room in its memory."""
+        for size in (*reversed(self._mixed), *reversed(self._prompts)):
+            if not self._gave_up:
+                self._capture(size)
+
+    @property
+    def num_captured(self) -> int:
+        return sum(graph is not None for graph in self._graphs.values())
+
+    def _size_for(self, batch: Batch) -> StepGraphSize | None:
+        """The smallest size with room for a step; None where there is none, or where another kind of graph serves."""
+        chunks = batch.chunks[batch.num_decodes :]
+        if not chunks and batch.num_decodes <= self._decodes_alone:
+            return None
+        # States of such prompts are read when the next step may be there already.
+        if any(chunk.sequence.group.params.prompt_logprobs is not None for chunk in chunks):
+            return None
+        for sizes in (self._prompts, self._mixed):
+            at = bisect_left(sizes, batch.num_tokens, key=lambda size: size.tokens)
+            if at < len(sizes) and len(chunks) <= sizes[at].chunks and batch.num_decodes <= sizes[at].decodes:
+                return sizes[at]
+        return None
+
+    def _capture(self, size: StepGraphSize) -> _Graph | None:
+        try:
+            graph = _Graph(self._model, self._x[: size.tokens], self._inputs, size)
+            graph.capture(self._pool)
+        except RuntimeError as error:
+            # Memory above all. What was captured goes too: the pool may be what is missing.
+            log.warning("steps with prompts are not captured as CUDA graphs: %s", str(error).splitlines()[0])
+            self._gave_up = True
+            self._graphs.clear()
+            return None
+        self._graphs[size] = graph
+        return graph
+
+
+class Prepared:
+    """A graph that knows its step, all but the embeddings."""
+
+    def __init__(self, graph: _Graph, count: int) -> None:
+        self._graph = graph
+        self._count = count
+        self.positions, self.slot_mapping = graph.positions[:count], graph.slots[:count]
+        """int32 [T], read when it runs."""
+        self.block_tables = graph.tables
+        """int32 [rows, blocks], likewise."""
+
+    def run(self, x: Tensor) -> Tensor:
+        """The decoder's hidden states [T, hidden], valid until the next graph of the stream runs; x [T, hidden] are
+        embeddings."""
+        return self._graph.replay(x, self._count)
+
+
+class _Inputs:
+    """Integers that graphs read, here and on the device: two copies a step fill them."""
+
+    def __init__(self, cache: KVCache, sizes: list[StepGraphSize], max_model_len: int) -> None:
+        self.cache = cache
+        numbers, tables = step_graph_inputs(sizes, -(-max_model_len // cache.block_size))
+        shapes = ((numbers,), tables)
+        self.numbers, self.tables = (
+            torch.zeros(shape, dtype=torch.int32, device=cache.device) for shape in shapes
+        )
+        pin = cache.device.type == "cuda"
+        self._host_numbers, self._host_tables = (
+            torch.zeros(shape, dtype=torch.int32, pin_memory=pin) for shape in shapes
+        )
+        self._written: NDArray[Any] = self._host_numbers.numpy()
+        self._rows: NDArray[Any] = self._host_tables.numpy()
+        self._copied = torch.cuda.Event() if pin else None
+
+    def split(self, size: StepGraphSize) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """On the device: positions, slots, lengths of decodes, tiles [tiles, 4]."""
+        counts = [size.tokens, size.tokens, size.decodes, 4 * size.tiles]
+        positions, slots, lengths, tiles = self.numbers[: size.numbers].split(counts)
+        return positions, slots, lengths, tiles.view(-1, 4)
+
+    def clear(self, size: StepGraphSize) -> None:
+        """On the device: a step of nothing, which leaves the cache alone."""
+        self.numbers.zero_()
+        self.split(size)[1].fill_(-1)
+
+    def fill(self, size: StepGraphSize, batch: Batch) -> None:
+        """Send what a step's tokens, decodes and tiles are."""
+        if self._copied is not None:
+            # The last copy must have read the host's numbers before they change.
+            self._copied.synchronize()
+        count, tokens, decodes = batch.num_tokens, size.tokens, batch.num_decodes
+        numbers = self._written[: size.numbers]
+        numbers[:] = 0
+        numbers[:count] = batch.positions
+        numbers[tokens : tokens + count] = batch.slot_mapping
+        numbers[tokens + count : 2 * tokens] = -1
+        numbers[2 * tokens : 2 * tokens + decodes] = batch.seq_lens[:decodes]
+        tiles = prefill_tiles(batch.cu_seqlens_q, batch.seq_lens, decodes, size.queries).reshape(-1)
+        first = 2 * tokens + size.decodes
+        numbers[first : first + len(tiles)] = tiles
+        rows, blocks = batch.block_tables.shape
+        self._rows[:rows, :blocks] = batch.block_tables
+        self.numbers[: size.numbers].copy_(self._host_numbers[: size.numbers], non_blocking=True)
+        self.tables[:rows].copy_(self._host_tables[:rows], non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
+
+
+class _Graph:
+    """One captured size, whose inputs and states stay where they are."""
+
+    def __init__(self, model: MiniCPMV, x: Tensor, inputs: _Inputs, size: StepGraphSize) -> None:
+        """Replays read `x` [tokens, hidden] and leave the states in it."""
+        self._model = model
+        self._x = x
+        self._inputs = inputs
+        self._size = size
+        self.positions, self.slots, lengths, tiles = inputs.split(size)
+        self.tables = inputs.tables
+        self._attend = _StepAttention(
+            model, inputs.cache, self.positions, self.slots, lengths, tiles, inputs.tables, size.queries
+        )
+        self._graph = torch.cuda.CUDAGraph()
+
+    def capture(self, pool: Any) -> None:
+        """Run once to compile what is compiled on first use, then capture."""
+        self._inputs.clear(self._size)
+        stream = capture_stream(self._x.device)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._forward()
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(self._graph, pool=pool, stream=stream):
+            self._forward()
+
+    def replay(self, x: Tensor, count: int) -> Tensor:
+        self._x[:count].copy_(x)
+        self._graph.replay()
+        return self._x[:count]
+
+    def _forward(self) -> None:
+        self._x.copy_(self._model.decoder(self._x, self.positions, self._attend))
+
+
+class _StepAttention(RotatedAttention):
+    """See `huoyan.models.qwen2.FusedAttend`: decodes first, then chunks in tiles, then rows of nothing."""
+
+    def __init__(
+        self,
+        model: MiniCPMV,
+        cache: KVCache,
+        positions: Tensor,
+        slots: Tensor,
+        lengths: Tensor,
+        tiles: Tensor,
+        tables: Tensor,
+        queries: int,
+    ) -> None:
+        super().__init__(model, cache)
+        self._queries = queries
+        self._positions, self._slots, self._lengths = positions, slots, lengths
+        self._tiles, self._tables = tiles, tables
+
+    def rotate_and_attend(self, layer: int, qkv: Tensor, bias: Tensor | None) -> Tensor:
+        rows = self._rotate(layer, qkv, bias, self._positions, self._slots)
+        keys, values = self._cache.layer(layer)
+        cached = (keys.typed, values.typed, self._tables)
+        scales = (keys.scales, values.scales)
+        q = rows[:, : self._heads]
+        out = paged_prefill(q, *cached, self._tiles, *scales, queries=self._queries)
+        decodes = len(self._lengths)
+        if decodes:
+            first = (q[:decodes], *cached, self._lengths, *scales)
+            paged_decode(*first, parts=STEP_GRAPH_PARTS, out=out[:decodes])
+        return out.flatten(1)
