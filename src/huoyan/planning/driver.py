@@ -11,7 +11,7 @@ import os
 
 from huoyan.planning.sizes import MIB
 
-CUDA_CONTEXT = 748 * MIB
+CUDA_CONTEXT = 706 * MIB
 """The driver's context with the kernels that get loaded, cuBLAS among them, and with the stacks that it begins with. An
 H100 with torch of CUDA 13 had 615 MiB of it before the first weight was there, and as much after every kind of load and
 28 graphs with the stacks below; the plan of all that has some 4 MiB more. A smaller GPU has less."""

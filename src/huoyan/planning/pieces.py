@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 MLP_ROWS = 1024
 """Tokens that go through the decoder's MLP at once on a GPU: it is busy with fewer already."""
-UP_ROWS = 768
+UP_ROWS = 384
 """The same of the products that int4 gates are multiplied by, which lie beside the gates of all tokens."""
 GATHER_TOKENS = 32768
 """Tokens whose keys and values the plain attention gathers at once, save that one sequence's always are."""
@@ -36,7 +36,7 @@ COPIED_BLOCKS = 16
 """Blocks of the KV cache that are copied, by way of as much memory."""
 PICTURE_SLICES = 64
 """Slices that one picture may have even where the picture cache holds fewer."""
-PROJECTED_PATCHES = 2048
+PROJECTED_PATCHES = 1024
 """Patches whose keys or values the resampler makes at once, over what they are made of."""
 RESAMPLED_PATCHES = 2 * 1056
 """Patches of whole slices that the resampler looks at together; one slice may have more."""
