@@ -43,7 +43,7 @@ class Card:
             query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
             said = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
             self.before = int(said[0]) * MIB if said and said[0].isdigit() else 0
-        self.most_allocated = self.most_reserved = self.most_outside = 0
+        self.most_allocated = self.most_reserved = self.most_taken = 0
 
     def read(self) -> dict[str, int]:
         """Now, and the most so far."""
@@ -53,8 +53,9 @@ class Card:
         free, total = self.cuda.mem_get_info()
         reserved = self.cuda.memory_reserved()
         outside = total - free - reserved - self.before
-        self.most_outside = max(self.most_outside, outside)
         self.most()
+        # The stacks that a context begins with are given back before there is much inside.
+        self.most_taken = max(self.most_taken, self.most_reserved + outside)
         return {
             "allocated": self.cuda.memory_allocated(),
             "reserved": reserved,
@@ -144,9 +145,7 @@ class Run:
     def _keep(self) -> None:
         """What is known so far: a run that is cut off has it."""
         part = {"format": self.kind, "states": self.states, "loads": self.loads, "moments": self.moments.most}
-        self.args.json.write_text(
-            json.dumps({**part, "most_outside": self.card.most_outside, "ended": False})
-        )
+        self.args.json.write_text(json.dumps({**part, "most_taken": self.card.most_taken, "ended": False}))
 
     def note(self, name: str) -> None:
         self.states[name] = self.card.read()
@@ -209,7 +208,7 @@ class Run:
         report = {
             "format": self.kind, "states": self.states, "loads": self.loads, "graphs": self.graphs,
             "moments": self.moments.most, "pools": pools, "retries": retries, "before": self.card.before,
-            "most_outside": self.card.most_outside, "ended": True, **self._said(),
+            "most_taken": self.card.most_taken, "ended": True, **self._said(),
         }  # fmt: skip
         self.llm.close()
         return report
@@ -413,7 +412,7 @@ def rows(report: dict[str, Any]) -> list[tuple[str, float, float | None]]:
         (
             "outside of torch in the end",
             said["context"] + said["graphs_driver"],
-            report["most_outside"],
+            end["outside"],
         ),
         ("beside the cache, allocated", beside, end["most_allocated"] - cache["allocated"]),
         ("between tensors", said["between"], inside - end["most_allocated"] - pools),
@@ -423,7 +422,7 @@ def rows(report: dict[str, Any]) -> list[tuple[str, float, float | None]]:
             inside,
         ),
         ("torch was told to stop at", report["torch_limit"] or 0, inside),
-        ("all", said["fixed"] + said["kv"], inside + report["most_outside"]),
+        ("all", said["fixed"] + said["kv"], report["most_taken"]),
     ]
     return [(name, a / MIB, None if b is None else b / MIB) for name, a, b in out]
 
@@ -439,7 +438,7 @@ def show(report: dict[str, Any]) -> None:
     each = [found["driver"] / max(found["count"], 1) / MIB for found in report["graphs"].values()]
     driver = sum(found["driver"] for found in report["graphs"].values())
     print(
-        f"planning/driver.py: context at least {(report['most_outside'] - driver) / MIB:,.0f} MiB",
+        f"planning/driver.py: context at least {(report['states']['in the end']['outside'] - driver) / MIB:,.0f} MiB",
         end="",
     )
     print(f", GRAPH_DRIVER at least {max(each, default=0):.2f} MiB")

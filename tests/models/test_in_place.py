@@ -10,7 +10,7 @@ import torch
 from huoyan.engine import segments
 from huoyan.layers import blocks
 from huoyan.models import resampler
-from huoyan.planning.pieces import mlp_rows
+from huoyan.planning.pieces import mlp_rows, up_columns
 
 
 @pytest.mark.parametrize("rows", [3, 8, 9, 25])
@@ -62,7 +62,8 @@ def test_an_mlp_in_pieces(rows: int, some: int, seed: int, monkeypatch: pytest.M
 
 def test_the_pieces_of_an_mlp() -> None:
     assert [mlp_rows(n) for n in (1, 1024, 1025, 2048, 2050)] == [1, 1024, 640, 1024, 768]
-    assert [mlp_rows(n, 768) for n in (768, 1500, 2048)] == [768, 768, 768]
+    assert [up_columns(n, 18944) for n in (1, 417, 418, 1024, 2048)] == [18944, 18944, 9472, 6400, 3840]
+    assert up_columns(10**6, 100) == 100
 
 
 def test_tensors_laid_elsewhere_are_what_they_were(seed: int) -> None:

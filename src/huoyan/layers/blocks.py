@@ -42,7 +42,7 @@ def linear_by_blocks(
 
 def gated_by_blocks(x: Tensor, width: int, dense: Callable[[int, int], Tensor], some: int) -> Tensor:
     """silu(x @ gate.T) * (x @ up.T) -> [T, width], of a matrix [2 width, in], the gate first: `dense` as of
-    `linear_by_blocks`. The products with `up` are made for `some` rows of x at a time, and written over the gates."""
+    `linear_by_blocks`. `some` products with `up` are made at a time for all of x, and written over the gates."""
     rows = dense_rows(width, x.shape[1], x.is_cuda and decode_kernels_enabled())
     out = x.new_empty(x.shape[0], width)
     for start in range(0, width, rows):
@@ -50,8 +50,8 @@ def gated_by_blocks(x: Tensor, width: int, dense: Callable[[int, int], Tensor], 
         gates = out[:, start:stop]
         torch.mm(x, dense(start, stop).T, out=gates)
         up = dense(width + start, width + stop).T
-        for gate, part in zip(gates.split(some), x.split(some), strict=True):
-            silu_mul_over(gate, part @ up)
+        for gate, part in zip(gates.split(some, 1), up.split(some, 1), strict=True):
+            silu_mul_over(gate, x @ part)
     return out
 
 

@@ -13,7 +13,7 @@ from huoyan.layers import int4_cpu
 from huoyan.layers.blocks import gated_by_blocks, linear_by_blocks
 from huoyan.layers.fused import silu_mul
 from huoyan.layers.linear import may_be_over
-from huoyan.planning.pieces import FEW_ROWS, UP_ROWS, mlp_rows
+from huoyan.planning.pieces import FEW_ROWS, up_columns
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,8 @@ class Int4Linear(nn.Module):
     def gated(self, x: Tensor) -> Tensor:
         """See `huoyan.layers.linear.Linear.gated`."""
         if self.packing == "words" and x.dim() == 2 and len(x) > FEW_ROWS:
-            return gated_by_blocks(x, self.width_out // 2, self._dense(x), mlp_rows(len(x), UP_ROWS))
+            width = self.width_out // 2
+            return gated_by_blocks(x, width, self._dense(x), up_columns(len(x), width))
         return silu_mul(self.parts(x), x.dtype)
 
     def _few(self, x: Tensor) -> bool:

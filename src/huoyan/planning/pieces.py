@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 MLP_ROWS = 1024
 """Tokens that go through the decoder's MLP at once on a GPU: it is busy with fewer already."""
-UP_ROWS = 384
-"""The same of the products that int4 gates are multiplied by, which lie beside the gates of all tokens."""
+UP_VALUES = 7_900_000
+"""Products that int4 gates are multiplied by, which lie beside the gates of all tokens: of 2 048 tokens a fifth of the
+published width, which fills a Hopper's processors twice."""
 GATHER_TOKENS = 32768
 """Tokens whose keys and values the plain attention gathers at once, save that one sequence's always are."""
 MASK_VALUES = 1 << 24
@@ -36,7 +37,7 @@ COPIED_BLOCKS = 16
 """Blocks of the KV cache that are copied, by way of as much memory."""
 PICTURE_SLICES = 64
 """Slices that one picture may have even where the picture cache holds fewer."""
-PROJECTED_PATCHES = 1024
+PROJECTED_PATCHES = 2048
 """Patches whose keys or values the resampler makes at once, over what they are made of."""
 RESAMPLED_PATCHES = 2 * 1056
 """Patches of whole slices that the resampler looks at together; one slice may have more."""
@@ -89,10 +90,16 @@ def dense_rows(out: int, width: int, kernels: bool) -> int:
     return _rows(out, width, DENSE_VALUES_CUDA if kernels else DENSE_VALUES)
 
 
-def mlp_rows(tokens: int, most: int = MLP_ROWS) -> int:
+def mlp_rows(tokens: int) -> int:
     """Tokens of so many that go through the decoder's MLP at once, with our kernels on: all, or pieces of one size."""
-    pieces = -(-tokens // most)
+    pieces = -(-tokens // MLP_ROWS)
     return tokens if pieces <= 1 else -(-tokens // pieces // _TILE) * _TILE
+
+
+def up_columns(tokens: int, width: int) -> int:
+    """Outputs of so many that int4 gates of `tokens` are multiplied by at once: all, or pieces of about one size."""
+    pieces = -(-tokens * width // UP_VALUES)
+    return width if pieces <= 1 else min(-(-width // pieces // _TILE) * _TILE, width)
 
 
 def prefill_tile(tokens: int) -> int:

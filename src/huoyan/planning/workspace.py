@@ -30,10 +30,10 @@ from huoyan.planning.pieces import (
     PROMPT_LOGITS,
     RESAMPLED_PATCHES,
     SORTED_LOGITS,
-    UP_ROWS,
     dense_rows,
     mlp_rows,
     unpacked_rows,
+    up_columns,
 )
 from huoyan.planning.sizes import MIB
 
@@ -279,8 +279,8 @@ def _decoder(config: ModelConfig, way: Way, limits: Limits, *, graph: bool = Fal
     o_proj = T * ((A + 2 * K) + (0 if over else A + K + H) + A) * e
     o_proj += _int4(way, T, H, A)
     if over and way.int4 == "words":
-        # All gates, some rows of what they gate, written over the gates.
-        mlp = (T + mlp_rows(T, UP_ROWS)) * I * e
+        # All gates, some columns of what they gate, written over the gates.
+        mlp = T * (I + up_columns(T, I)) * e
     else:
         # The rows that go through together.
         some = mlp_rows(T) if over and way.int4 is None else T
