@@ -7,7 +7,8 @@ from collections import deque
 
 from huoyan.engine.block_pool import BlockPool
 from huoyan.engine.picture_cache import PictureCache
-from huoyan.engine.schedule import Chunk
+from huoyan.engine.request import EngineRequest
+from huoyan.engine.schedule import Chunk, Schedule
 from huoyan.engine.scheduler import Scheduler
 from huoyan.engine.sequence import Group
 from tests.engine.support import VOCAB, greedy, request, words
@@ -110,3 +111,69 @@ def test_work_is_done_when_it_can_be(seed: int) -> None:
                     scheduler.sampled(chunk.sequence, rng.randrange(VOCAB))
                     if chunk.sequence.length == chunk.sequence.group.max_length:
                         scheduler.finish(chunk.sequence.group)
+
+
+def in_bulk(rng: random.Random, name: str, length: int, tokens: int) -> EngineRequest:
+    req = request(name, words(rng, length), greedy(tokens))
+    req.in_bulk = True
+    return req
+
+
+def drained(scheduler: Scheduler, rng: random.Random) -> list[Schedule]:
+    """All steps up to the last, the host one step late."""
+    steps: list[Schedule] = []
+    before: list[Chunk] = []
+    while scheduler.has_unfinished:
+        schedule = scheduler.schedule()
+        assert schedule.chunks or before, "nothing is done although something waits"
+        scheduler.launched(schedule)
+        for chunk in before:
+            scheduler.sampled(chunk.sequence, rng.randrange(VOCAB))
+            if chunk.sequence.num_known == chunk.sequence.group.max_length:
+                scheduler.finish(chunk.sequence.group)
+        before = [chunk for chunk in schedule.chunks if chunk.samples]
+        steps.append(schedule)
+        assert len(steps) < 5000
+    return steps
+
+
+def test_decodes_wait_for_prompts_that_fill_steps_where_only_the_whole_counts(seed: int) -> None:
+    rng = random.Random(seed)
+    sizes = {"num_blocks": 400, "budget": 40, "max_num_seqs": 20}
+    requests = [(rng.randint(5, 30), rng.randint(5, 30)) for _ in range(16)]
+    for watched in (None, 0, 15):
+        scheduler = make(rng, **sizes)
+        for i, (length, tokens) in enumerate(requests):
+            req = in_bulk(rng, f"r{i}", length, tokens)
+            req.in_bulk = i != watched
+            scheduler.add(req, 1, tokens)
+        steps = drained(scheduler, rng)
+        assert all(step.num_tokens <= 40 for step in steps)
+        left = sum(length for length, _ in requests)
+        while_they_fill = 0
+        for step in steps:
+            while_they_fill += bool(step.decodes and left >= 40)
+            left -= sum(chunk.num_tokens for chunk in step.prefills)
+        assert not left
+        assert bool(while_they_fill) == (watched == 0), (
+            "the last one to come decodes when the prompts are done"
+        )
+
+
+def test_bulk_ends_whatever_memory_there_is(seed: int) -> None:
+    """Few blocks, few seats: held back or not, each answer is as long as it was asked for."""
+    rng = random.Random(seed)
+    for _ in range(20):
+        scheduler = make(
+            rng, num_blocks=rng.randint(12, 40), budget=rng.randint(6, 30), max_num_seqs=rng.randint(1, 6)
+        )
+        groups = []
+        for i in range(12):
+            tokens = rng.randint(1, 15)
+            req = in_bulk(rng, f"r{i}", rng.randint(1, 25), tokens)
+            req.in_bulk = rng.random() < 0.9
+            groups.append(scheduler.add(req, 1, tokens))
+        drained(scheduler, rng)
+        for group in groups:
+            assert len(group.sequences[0].output_ids) == group.max_length - group.prompt_len
+        assert scheduler.pool.num_free == scheduler.pool.num_blocks

@@ -52,10 +52,12 @@ def drive(
     concurrency: int | None = None,
     raise_errors: bool = False,
     streamed: bool = True,
+    in_bulk: bool = False,
 ) -> Iterator[RequestOutput]:
     """Run `jobs` and yield their outputs as the backend gives them; a job's last one is `finished`.
 
-    Without `streamed` the last ones are enough for the caller; a backend may make no others.
+    Without `streamed` the last ones are enough for the caller; a backend may make no others. `in_bulk`: what counts is
+    when all of them are done.
 
     `jobs` is read as far as there is room: `concurrency` requests at once (None: what the engine batches and
     some ahead). A None in it says that there is nothing for now and that it is to be asked again. With
@@ -92,7 +94,7 @@ def drive(
                 running.add(job.request_id)
                 try:
                     request = future.result()
-                    request.streamed = streamed
+                    request.streamed, request.in_bulk = streamed, in_bulk
                     with between_steps():
                         runtime.backend.add_request(request)
                 except HuoyanError as error:

@@ -23,6 +23,9 @@ class EngineRequest:
     arrival_time: float = field(default_factory=monotonic)
     streamed: bool = True
     """Whether the output of every step is wanted; else only the last one is made."""
+    in_bulk: bool = False
+    """Whether all that counts is when many requests are done, so that this one may wait for others where that is
+    sooner."""
 
     @property
     def num_picture_tokens(self) -> int:

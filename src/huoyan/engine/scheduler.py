@@ -1,7 +1,8 @@
 """Continuous batching: which tokens of which requests the next step computes, and in which blocks.
 
 One budget of tokens a step. Sequences that decode come first, then prompts that are partly computed, then
-waiting requests, each in the order of arrival. When blocks run out, the request that arrived last gives its
+waiting requests, each in the order of arrival; where only the whole counts, decodes wait for prompts that fill
+a step by themselves. When blocks run out, the request that arrived last gives its
 own back and is computed again later, its answer so far included. Only lengths are looked at here, never
 sampled ids, so that a step can be planned while the one before is still running.
 """
@@ -13,6 +14,7 @@ from itertools import chain, islice
 from time import monotonic
 from typing import TYPE_CHECKING
 
+from huoyan.engine.prompts_first import prompts_come_first
 from huoyan.engine.request import check_room
 from huoyan.engine.schedule import Chunk, Schedule
 from huoyan.engine.sequence import Group, GroupStatus, Sequence
@@ -58,7 +60,7 @@ class Scheduler:
         picture as long as there are decodes to go on with, instead of letting them wait."""
         self._num_added = 0
         # Room for decodes to grow into, so that an admission is not followed by a preemption at once.
-        self._watermark = max(1, pool.num_blocks // 100)
+        self.watermark = max(1, pool.num_blocks // 100)
 
     # -- requests come and go -------------------------------------------------------------------------------
 
@@ -143,16 +145,27 @@ class Scheduler:
 
     def schedule(self) -> Schedule:
         """Plan the next step. Blocks are taken and copies ordered; nothing counts as computed yet."""
+        if prompts_come_first(self):
+            out = self._planned(decodes=False)
+            if out.prefills or out.pictures:
+                return out
+        return self._planned(decodes=True)
+
+    def _planned(self, decodes: bool) -> Schedule:
         out = Schedule()
         unready: list[Group] = []
         for group in self.running.copy():
             if group.status is not GroupStatus.RUNNING:
                 continue
-            if group.width == 1 and (chunk := self._next_in_place(group.sequences[0])) is not None:
+            if (
+                decodes
+                and group.width == 1
+                and (chunk := self._next_in_place(group.sequences[0])) is not None
+            ):
                 out.decodes.append(chunk)
             elif not group.ready:
                 unready.append(group)
-            elif not group.awaits_host:
+            elif decodes and not group.awaits_host:
                 self._decode(group, out)
         out.encodes_beside = (
             self.encodes_beside and bool(out.decodes) and not self._pictures_queue_up(unready)
@@ -384,7 +397,7 @@ class Scheduler:
         """Give a waiting group all the blocks of its known tokens, cached ones where there are any."""
         if sum(g.seats for g in self.running) + group.seats > self.max_num_seqs:
             return False
-        if any(seq.num_in_flight for seq in group.sequences):
+        if group.resumes_late:
             return False
         if group.resumption_unplanned:
             self._plan_resumption_by_tokens(group)
@@ -400,7 +413,7 @@ class Scheduler:
         for hits in cached:
             for block in hits:
                 pool.share(block)
-        if needed + (self._watermark if self.running else 0) > pool.num_free:
+        if needed + (self.watermark if self.running else 0) > pool.num_free:
             for hits in cached:
                 pool.release_table(hits)
             return False

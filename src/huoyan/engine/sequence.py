@@ -203,6 +203,11 @@ class Group:
         )
 
     @property
+    def resumes_late(self) -> bool:
+        """Whether it waits again, and the host does not know its last token yet."""
+        return self.status is GroupStatus.WAITING and any(seq.num_in_flight for seq in self.sequences)
+
+    @property
     def seats(self) -> int:
         """What it counts for in `max_num_seqs`: samples that ended leave their seats, beams may return."""
         if self.width > 1 and self.in_lockstep and not self.params.use_beam_search:
