@@ -20,7 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 import torch
 
 from device_time import time_us
-from huoyan.kernels import dense_matmul, int4_matmul
+from huoyan.kernels import dense_matmul, int4_matmul, wide_matmul
 from huoyan.kernels.add_rms_norm import add_rms_norm
 from huoyan.kernels.silu_mul import silu_mul
 
@@ -154,12 +154,16 @@ class Dense:
 
     def run(self, x: torch.Tensor, tuning, i: int) -> torch.Tensor:
         dtype = torch.float32 if self.way == "float32" else None
+        if len(x) > dense_matmul.MAX_ROWS:
+            return wide_matmul.wide_matmul(x, self.weights[i % len(self.weights)], gated=self.way == "gated")
         return dense_matmul.dense_matmul(
             x, self.weights[i % len(self.weights)], gated=self.way == "gated", parts=self.way == "parts",
             dtype=dtype, tuning=tuning,
         )  # fmt: skip
 
     def tunings(self, rows: int):
+        if rows > dense_matmul.MAX_ROWS:
+            return
         splits = (1,) if self.way != "parts" else (1, 2, 4, 7) if self.k < 10000 else (4, 6, 8)
         for (n, warps), k, split, stages, prefetch in itertools.product(
             ((64, 4), (128, 4), (128, 8)), (64, 128), splits, (3, 4, 6), (0, 4)
@@ -169,7 +173,8 @@ class Dense:
                 yield dense_matmul.Tuning(n, split, warps, stages, prefetch, k)
 
     def other(self, x: torch.Tensor, i: int):
-        return torch.nn.functional.linear(x, self.weights[i % len(self.weights)])
+        plain = torch.nn.functional.linear(x, self.weights[i % len(self.weights)])
+        return silu_mul(plain) if self.way == "gated" and len(x) > dense_matmul.MAX_ROWS else plain
 
 
 def short(tuning) -> str:

@@ -62,7 +62,14 @@ def test_an_mlp_in_pieces(rows: int, some: int, seed: int, monkeypatch: pytest.M
 
 def test_the_pieces_of_an_mlp() -> None:
     assert [mlp_rows(n) for n in (1, 1024, 1025, 2048, 2050)] == [1, 1024, 640, 1024, 768]
-    assert [up_columns(n, 18944) for n in (1, 417, 418, 1024, 2048)] == [18944, 18944, 9472, 6400, 3840]
+    assert [up_columns(n, 18944) for n in (1, 221, 222, 512, 1024, 2048)] == [
+        18944,
+        18944,
+        9472,
+        6400,
+        3840,
+        1920,
+    ]
     assert up_columns(10**6, 100) == 100
 
 

@@ -61,9 +61,17 @@ class Linear(nn.Module):
         return nn.functional.linear(x, self.whole)[:, : len(self.weight)]
 
     def parts(self, x: Tensor, over: Tensor | None = None) -> Tensor:
-        """What `forward` gives, or for a few rows on CUDA what may be ready sooner: float32 [S, T, out], to be summed
-        and given the bias by whoever reads it. `over` [T, out] may be written over."""
+        """What `forward` gives, or for a step's decodes on CUDA what may be ready sooner: float32 [S, T, out], to be
+        summed and given the bias by whoever reads it. `over` [T, out] may be written over."""
         if not reads_few_rows(x, self.width_in):
+            if (
+                self.bias is None
+                and 2 * len(self.weight) <= self.width_in
+                and _reads_some_rows(x, self.weight)
+            ):
+                from huoyan.kernels.wide_matmul import wide_matmul
+
+                return wide_matmul(x, self.weight)
             return self._over(x, over)
         from huoyan.kernels.dense_matmul import dense_matmul
 
@@ -78,6 +86,10 @@ class Linear(nn.Module):
     def gated(self, x: Tensor) -> Tensor:
         """silu(a) * b, of two matrices of equal widths without bias: [T, in] -> [T, out / 2]."""
         if not reads_few_rows(x, self.width_in):
+            if _reads_some_rows(x, self.weight):
+                from huoyan.kernels.wide_matmul import wide_matmul
+
+                return wide_matmul(x, self.weight, gated=True)
             return silu_mul(self(x))
         from huoyan.kernels.dense_matmul import dense_matmul
 
@@ -110,6 +122,15 @@ def reads_few_rows(x: Tensor, width_in: int) -> bool:
     from huoyan.kernels.dense_matmul import BLOCK_K, MAX_ROWS
 
     return len(x) <= MAX_ROWS and width_in % BLOCK_K == 0
+
+
+def _reads_some_rows(x: Tensor, weight: Tensor) -> bool:
+    """The same of more rows, and `huoyan.kernels.wide_matmul`."""
+    if not x.is_cuda or not decode_kernels_enabled():
+        return False
+    from huoyan.kernels.wide_matmul import takes
+
+    return takes(x, weight)
 
 
 def gelu_of(linear: nn.Module, x: Tensor) -> Tensor:

@@ -176,7 +176,8 @@ def graph_bytes(config: ModelConfig, engine: EngineConfig, way: Way, limits: Lim
     # Beside decodes the encoder's have a pool of their own.
     beside = whole_segments(captured_encoder(config, way, BESIDE_GRAPH_PATCHES[-1]))
     stay = exchanged_values(config) + exchanged_beside(config)
-    return inputs + whole_segments(shared) + beside + stay * way.itemsize + graph_driver_bytes(way, limits)
+    pool = whole_segments(shared + shared // FRAGMENTS)
+    return inputs + pool + beside + stay * way.itemsize + graph_driver_bytes(way, limits)
 
 
 def exchanged_values(config: ModelConfig) -> int:

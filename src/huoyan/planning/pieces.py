@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 MLP_ROWS = 1024
 """Tokens that go through the decoder's MLP at once on a GPU: it is busy with fewer already."""
-UP_VALUES = 7_900_000
-"""Products that int4 gates are multiplied by, which lie beside the gates of all tokens: of 2 048 tokens a fifth of the
-published width, which fills a Hopper's processors twice."""
+UP_VALUES = 4 << 20
+"""Products that int4 gates are multiplied by, which lie beside the gates of all tokens: of the published width some 120
+tiles of a Hopper's 132 processors."""
 GATHER_TOKENS = 32768
 """Tokens whose keys and values the plain attention gathers at once, save that one sequence's always are."""
 MASK_VALUES = 1 << 24
@@ -21,6 +21,10 @@ UNPACKED_VALUES = 1 << 20
 """The same on a CPU in bfloat16, for many rows: what stays in its cache."""
 FEW_ROWS = 192
 """Rows that our int4 kernels multiply without a dense matrix (`huoyan.kernels.int4_matmul.MAX_ROWS`)."""
+WIDE_ROWS = 128
+"""Rows that our kernel multiplies with a large dense matrix (`huoyan.kernels.wide_matmul`)."""
+WIDE_PARTS = 4
+"""Parts in float32 that it gives the next kernel to add, at most."""
 FEW_ROWS_CPU = 128
 """Rows that torch's int4 product multiplies in less time than unpacking takes (`huoyan.layers.int4_cpu`)."""
 PROMPT_LOGITS = 1 << 22

@@ -30,6 +30,8 @@ from huoyan.planning.pieces import (
     PROMPT_LOGITS,
     RESAMPLED_PATCHES,
     SORTED_LOGITS,
+    WIDE_PARTS,
+    WIDE_ROWS,
     dense_rows,
     mlp_rows,
     unpacked_rows,
@@ -244,7 +246,7 @@ def captured(config: ModelConfig, way: Way, limits: Limits, rows: int) -> int:
     """A decode step of `rows` rows up to the head, as a CUDA graph has it: no slots are sent."""
     found = max(
         _decoder(config, way, replace(limits, tokens=count, seqs=count), graph=True)
-        for count in {rows, min(rows, FEW_ROWS), min(rows, 64), min(rows, 16)}
+        for count in {rows, min(rows, FEW_ROWS), min(rows, WIDE_ROWS), min(rows, 64), min(rows, 16)}
     )
     return found + rows * config.text.hidden_size * way.itemsize
 
@@ -357,6 +359,8 @@ def _int4(way: Way, rows: int, out: int, width: int) -> int:
         if out < 2 * width:
             return parts * rows * out * 4
         return 2 * rows * out * 4 if rows <= 16 else SHARED_TILES
+    if way.kernels and way.int4 is None and rows <= WIDE_ROWS and 2 * out <= width:
+        return WIDE_PARTS * rows * out * 4
     if way.int4 is None or (way.kernels and way.int4 == "words"):
         return 0
     if way.int4 == "cpu" and rows <= FEW_ROWS_CPU:
