@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from huoyan.kernels import wide_matmul as wide
 from huoyan.kernels.wide_matmul import Tuning, choose, takes, wide_matmul, wide_matmul_reference
 
 
@@ -76,3 +77,24 @@ def test_the_published_gate_is_one_tile_a_processor() -> None:
     assert choose(128, 128 * 132, True, 132).rest == 0
     assert choose(128, 3584, False, 132).split == 4
     assert choose(128, 100_000, False, 132).split == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="test_full_size has the kernel itself")
+def test_the_probe_knows_a_kernel_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cpu")
+    works = wide.wide_matmul
+    assert wide._works.__wrapped__(device, torch.float16)
+
+    def one_is_off(x: Tensor, weight: Tensor, **options: object) -> Tensor:
+        got = works(x, weight, **options)  # type: ignore[arg-type]
+        got[..., -1, -1] += got.norm() / 20
+        return got
+
+    monkeypatch.setattr(wide, "wide_matmul", one_is_off)
+    assert not wide._works.__wrapped__(device, torch.float16)
+
+    def fails(x: Tensor, weight: Tensor, **options: object) -> Tensor:
+        raise RuntimeError("out of resource: shared memory")
+
+    monkeypatch.setattr(wide, "wide_matmul", fails)
+    assert not wide._works.__wrapped__(device, torch.float16)

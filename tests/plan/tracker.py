@@ -6,6 +6,7 @@ and the pixels of pictures are numpy's on a CPU and not in these books.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +34,8 @@ def watched(engine: Engine, run: Callable[[], Any]) -> tuple[Any, Peaks]:
     _mark(engine.model, "head", "logits")
     _mark(engine._chooser, "choose", "choice")
     _mark(engine, "_read_prompts", "prompt_logprobs")
+    # What earlier runs have left must not be released in this one.
+    gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         result = run()
     events = found.profiler.kineto_results.events()  # type: ignore[union-attr]
@@ -76,6 +79,8 @@ def _mark(owner: Any, name: str, moment: str) -> None:
 
 def peak_of(run: Callable[[], Any]) -> int:
     """Bytes that a call had at its fullest."""
+    # What earlier runs have left must not be released in this one.
+    gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         result = run()
     events = found.profiler.kineto_results.events()  # type: ignore[union-attr]

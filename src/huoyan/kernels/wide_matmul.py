@@ -7,6 +7,7 @@ The matrix is the left operand and comes, as the rows do, by the tensor memory u
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -19,13 +20,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from huoyan.kernels.dependent_launch import begin, launch_options, overlaps, prefetch_lines, wait
 from huoyan.planning.pieces import WIDE_PARTS, WIDE_ROWS
 
+log = logging.getLogger(__name__)
+
 BLOCK_K = 128
 """The inputs must be a multiple of it."""
 LEAST = 1 << 23
 """Values of a matrix that are worth it."""
 _TILE = 128
 _REST = 16
-_SHARED = 220_000
 
 
 def wide_matmul_reference(x: Tensor, weight: Tensor, gated: bool = False) -> Tensor:
@@ -109,10 +111,11 @@ def takes(x: Tensor, weight: Tensor) -> bool:
     (others have too few outputs to occupy a GPU, and cuBLAS is as fast)."""
     if not (x.is_cuda and x.dim() == 2 and x.dtype in (torch.float16, torch.bfloat16)):
         return False
-    if not (overlaps() and _holds_tiles(x.device)):
+    if not (
+        overlaps() and 16 < len(x) <= WIDE_ROWS and weight.numel() >= LEAST and not torch.is_grad_enabled()
+    ):
         return False
-    fits = 16 < len(x) <= WIDE_ROWS and x.is_contiguous() and x.shape[1] % BLOCK_K == 0
-    return fits and weight.numel() >= LEAST and not torch.is_grad_enabled()
+    return x.is_contiguous() and x.shape[1] % BLOCK_K == 0 and _works(x.device, x.dtype)
 
 
 @lru_cache(maxsize=256)
@@ -133,9 +136,29 @@ def _rounds(n: int, tile: int, processors: int) -> int:
 
 
 @lru_cache(maxsize=8)
-def _holds_tiles(device: torch.device) -> bool:
-    """Whether a processor has the shared memory of an H100's: smaller Blackwells have the rest, but not that."""
-    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0) >= _SHARED
+def _works(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernel runs here and gives what it should, tried on a few numbers: a card may lack the shared memory
+    that an H100's processors have, and Triton the tensor memory unit."""
+    try:
+        for rows, width, gated in ((128, 256, True), (64, 256, True), (128, 1024, False)):
+            outputs = 288 if gated else 256
+            x, weight = (
+                torch.sin(torch.arange(n * width, device=device).view(n, width) * 0.37).to(dtype)
+                for n in (rows, outputs)
+            )
+            cut = choose(rows, 18944 if gated else 3584, gated, 132)
+            got = wide_matmul(x, weight, gated=gated, tuning=cut).float()
+            got = got.sum(0) if got.dim() == 3 else got
+            # By the host: for its products cuBLAS would keep a workspace of this stream.
+            want = wide_matmul_reference(x.cpu(), weight.cpu(), gated)
+            off = (got.cpu() - want).norm() / want.norm()
+            if not off < 0.02:
+                log.warning("our kernel for products of some rows is not taken: it is off by %.2g here", off)
+                return False
+    except Exception as error:
+        log.info("our kernel for products of some rows does not run here: %s", str(error).splitlines()[:1])
+        return False
+    return True
 
 
 @lru_cache(maxsize=8)
