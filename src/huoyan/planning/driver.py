@@ -13,8 +13,8 @@ from huoyan.planning.sizes import MIB
 
 CUDA_CONTEXT = 692 * MIB
 """The driver's context with the kernels that get loaded, cuBLAS among them, and with the stacks that it begins with. An
-H100 with torch of CUDA 13 had 615 MiB of it before the first weight was there, and with the stacks below 547 to 555
-after every kind of load and 42 graphs; the plan of all that has 16 MiB more. A smaller GPU has less."""
+H100 with torch of CUDA 13 had 615 MiB of it before the first weight was there, and with the stacks below 547 to 559
+after every kind of load and 42 graphs; the plan of all that has 12 MiB more. A smaller GPU has less."""
 STACK_BYTES = 256
 """The stack limit that an engine sets."""
 DRIVER_STACK_BYTES = 1024
