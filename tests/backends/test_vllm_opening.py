@@ -72,8 +72,9 @@ def test_every_option_of_vllm_alone_is_passed_or_refused() -> None:
 def test_an_executor_that_vllm_does_not_have() -> None:
     for known in ("mp", "ray", "my.module.Executor", dict):
         assert arguments({"distributed_executor_backend": known})["distributed_executor_backend"] is known
-    with pytest.raises(InputError, match=r"'gloo' is unknown: use mp .* or ray"):
-        arguments({"distributed_executor_backend": "gloo"})
+    for engine in ("native", "vllm"):
+        with pytest.raises(InputError, match=r"'gloo' is unknown: use mp .* or ray"):
+            parse_options("m", {"engine": engine, "distributed_executor_backend": "gloo"})
 
 
 def test_processes_that_share_a_cpu_are_not_bound_to_nodes_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,6 +73,7 @@ def test_items_are_kept_from_several_threads(seed: int, threads: int) -> None:
     excess = 3 * (120 * 80 - plan_slices((120, 80), RULES, 1).num_pixels)
     originals = Originals(excess=7 * excess)
     with ThreadPoolExecutor(threads) as pool:
-        prepared = prepare_items(items, RULES, pool, originals)
+        kept = pool.map(lambda item: prepare_items([item], RULES, originals), items)
+        prepared = [picture for pictures in kept for picture in pictures]
     assert [p.key for p in prepared] == [p.key for p in prepare_items(items, RULES)]
     assert sum(p.original is not None for p in prepared) == 7

@@ -96,7 +96,7 @@ class CheckpointFrontend:
 
         arrival = monotonic()
         items, encoded = self._chat(prompt) if isinstance(prompt, ChatPrompt) else self._completion(prompt)
-        pictures = prepare_items(items, self._processor.rules, originals=self._originals)
+        pictures = prepare_items(items, self._processor.rules, self._originals)
         return EngineRequest(request_id, encoded, params, tuple(pictures), arrival)
 
     def _completion(self, prompt: CompletionPrompt) -> tuple[list[MediaItem], EncodedPrompt]:

@@ -234,6 +234,7 @@ def parse_options(model: Any, keywords: Mapping[str, Any]) -> EngineOptions:
     for_vllm: dict[str, Any] = {}
     given = {name: keywords[name] for name in _CHOOSING if name in keywords}
     runs_vllm = EngineOptions(model="", **given).backend == "vllm"
+    _check_executor(keywords.get("distributed_executor_backend"))
     for name, value in keywords.items():
         if name == "media_io_kwargs":
             video_choices = _video_choices(value)
@@ -264,6 +265,18 @@ def parse_options(model: Any, keywords: Mapping[str, Any]) -> EngineOptions:
 
 _CHOOSING = ("engine", "tensor_parallel_size", "pipeline_parallel_size")
 """What decides which engine runs."""
+
+
+_EXECUTORS = ("mp", "ray", "uni", "external_launcher")
+
+
+def _check_executor(asked: object) -> None:
+    """vLLM takes what is none of its names for the path of a class, and says of `gloo` what unpacking it said."""
+    if isinstance(asked, str) and asked not in _EXECUTORS and "." not in asked:
+        raise InputError(
+            f"distributed_executor_backend {asked!r} is unknown: use mp (processes of this machine) or "
+            "ray (of several)"
+        )
 
 
 def _video_choices(value: Any) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Sequence
-from concurrent.futures import Executor
 from typing import TYPE_CHECKING
 
 from huoyan.media.picture import Picture
@@ -30,24 +29,12 @@ def prepare_picture(
 
 
 def prepare_items(
-    items: Sequence[MediaItem],
-    rules: SliceRules,
-    executor: Executor | None = None,
-    originals: Originals | None = None,
+    items: Sequence[MediaItem], rules: SliceRules, originals: Originals | None = None
 ) -> list[PreparedPicture]:
-    """Prepare every picture of every item, in order.
-
-    With an `executor`, pictures are prepared side by side: Pillow resizes outside the interpreter's lock.
-    `originals`: see `prepare_picture`.
-    """
+    """Prepare every picture of every item, in order; `originals` as of `prepare_picture`."""
     pictures = [(picture, item.max_slice_nums) for item in items for picture in item.pictures]
     Picture.digest_together([picture for picture, _ in pictures])
-    if executor is None or len(pictures) < 2:
-        return [prepare_picture(picture, rules, limit, originals) for picture, limit in pictures]
-    tasks = [
-        executor.submit(prepare_picture, picture, rules, limit, originals) for picture, limit in pictures
-    ]
-    return [task.result() for task in tasks]
+    return [prepare_picture(picture, rules, limit, originals) for picture, limit in pictures]
 
 
 def _key(digest: bytes, plan: SlicePlan) -> bytes:

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 MAX_GPU_MEMORY = 0.95
 """vLLM counts neither CUDA itself nor graphs among what it may use, and refuses to start without room for them."""
 
-_EXECUTORS = ("mp", "ray", "uni", "external_launcher")
 _ENVIRONMENT = {
     # Answers go to standard output, and nothing else does.
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",
@@ -62,7 +61,6 @@ def engine_arguments(
             "gpu_memory is the native engine's: with engine='vllm' give gpu_memory_utilization, a fraction of the "
             f"card, or on a CPU ${CPU_KV_VARIABLE}"
         )
-    _check_executor(options.vllm_options.get("distributed_executor_backend"))
     on_cpu = device == "cpu"
     if on_cpu and options.pipeline_parallel_size > 1 and options.enforce_eager:
         raise UnsupportedError(
@@ -121,15 +119,6 @@ def _check_device(asked: str, device: str) -> None:
     if index:
         raise InputError(
             f"device {asked!r}: vLLM takes the first cards it sees; set CUDA_VISIBLE_DEVICES={index} instead"
-        )
-
-
-def _check_executor(asked: object) -> None:
-    """vLLM takes what is none of its names for the path of a class, and says of `gloo` what unpacking it said."""
-    if isinstance(asked, str) and asked not in _EXECUTORS and "." not in asked:
-        raise InputError(
-            f"distributed_executor_backend {asked!r} is unknown: use mp (processes of this machine) or "
-            "ray (of several)"
         )
 
 
