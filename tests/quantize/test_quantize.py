@@ -529,3 +529,23 @@ def test_compensated_checkpoint_costs_less(
     pairs = list(zip(report.layers, results["awq"].layers, strict=True))
     assert sum(a["relative_error"] for a, _ in pairs) < sum(b["relative_error"] for _, b in pairs)
     assert sum(isinstance(m, Int4Linear) for m in load_model(open_checkpoint(report.folder)).modules()) == 8
+
+
+def test_what_a_layer_adds_may_come_in_parts(seed: int) -> None:
+    """As on a GPU, of few tokens."""
+    g = torch.Generator().manual_seed(seed)
+    layer = small_model(seed).llm.model.layers[0]
+    width = layer.mlp.down_proj.weight.shape[0]
+    inputs = LayerInputs(
+        torch.randn(9, width, generator=g), [4, 5], RotaryTable(layer.self_attn.head_dim, 1e4, 64)
+    )
+    with torch.no_grad():
+        want = inputs.run(layer)
+        down = layer.mlp.down_proj
+
+        def in_parts(x: Tensor, over: Tensor | None = None) -> Tensor:
+            return torch.stack([down(x) / 4] * 4)
+
+        down.parts = in_parts  # type: ignore[method-assign]
+        torch.testing.assert_close(inputs.run(layer), want)
+        torch.testing.assert_close(layer.mlp(inputs.x), down(layer.mlp.gate_up_proj.gated(inputs.x)))

@@ -63,7 +63,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """silu(gate) * up, gate and up stacked in one product. May give parts, see `Linear.parts`."""
+    """silu(gate) * up, gate and up stacked in one product."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -72,17 +72,20 @@ class MLP(nn.Module):
         self.down_proj = Linear(width, (config.hidden_size,), bias=False)
 
     def forward(self, x: Tensor, over: bool = False) -> Tensor:
-        """x [T, hidden] -> the same; `over`: x may be written over."""
+        """x [T, hidden] -> the same; `over`: x may be written over, and parts may be given, see `Linear.parts`."""
         if over and x.is_cuda and isinstance(self.gate_up_proj, Linear) and not torch.is_grad_enabled():
             # Of a long prompt this is a step's widest tensor. An int4 matrix, which would be made dense for each piece,
             # has a way of its own.
             some = mlp_rows(len(x))
             if some < len(x):
-                return over_rows(lambda part: self._whole(part, True), x, some)
-        return self._whole(x, over)
+                return over_rows(self._parts, x, some)
+        if over:
+            return self._parts(x)
+        whole: Tensor = self.down_proj(self.gate_up_proj.gated(x))
+        return whole
 
-    def _whole(self, x: Tensor, over: bool) -> Tensor:
-        return self.down_proj.parts(self.gate_up_proj.gated(x), x if over else None)
+    def _parts(self, x: Tensor) -> Tensor:
+        return self.down_proj.parts(self.gate_up_proj.gated(x), x)
 
 
 class DecoderLayer(nn.Module):

@@ -11,7 +11,7 @@ PROMPT_GRAPH_TOKENS = (64, 128, 192, 256, 320, 384, 448, 512, 576, 640, 704, 768
 """Tokens of a step that computes a few prompts alone and has a graph."""
 PROMPT_GRAPH_CHUNKS = 8
 """Prompts, or pieces of them, of such a step at most."""
-STEP_GRAPH_TOKENS = (128, 256, 512, 768, 1024, 1280, 1536, 1792, 2048)
+STEP_GRAPH_TOKENS = (128, 256, 384, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048)
 """Tokens of any other step that has a graph: prompts beside decodes, many prompts. Beyond, the device keeps the host
 waiting anyway."""
 STEP_GRAPH_CHUNKS = 32

@@ -81,6 +81,9 @@ class LayerInputs:
     def run(self, layer: DecoderLayer) -> Tensor:
         """The layer's outputs [T, hidden]."""
         out, residual = layer(0, self.x, None, self.cos, self.sin, self.attend)
+        if out.dim() == 3:
+            # Of few tokens on a GPU the MLP leaves parts to be summed: see `Linear.parts`.
+            out = out.sum(0).to(residual.dtype)
         total: Tensor = out + residual
         return total
 
