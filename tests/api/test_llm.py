@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 
 from huoyan.api.ask import ask_messages
+from huoyan.api.driver import Job
 from huoyan.api.llm import LLM
+from huoyan.api.prompts import CompletionPrompt
 from huoyan.api.sampling_params import SamplingParams
+from huoyan.engine.request import EngineRequest
 from huoyan.errors import HuoyanError, InputError, UnsupportedError
 from tests.api.fakes import FakeBackend, FakeFrontend, WaitingBackend, fake_runtime
 
@@ -292,3 +295,28 @@ def test_use_tqdm_may_be_a_class() -> None:
 def test_nothing_is_drawn_into_a_pipe(capfd: pytest.CaptureFixture[str]) -> None:
     open_llm().generate(["a b", "c"], PARAMS, use_tqdm=True)
     assert capfd.readouterr() == ("", "")
+
+
+class Noting(FakeBackend):
+    """Which of its requests count together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_bulk: list[bool] = []
+
+    def add_request(self, request: EngineRequest) -> None:
+        self.in_bulk.append(request.in_bulk)
+        super().add_request(request)
+
+
+def test_calls_of_few_requests_count_together() -> None:
+    """What fits the seats may wait for each other; more may not, nor what is yielded one by one."""
+    backend = Noting()
+    llm = open_llm(backend, max_num_seqs=3)
+    llm.generate(["a", "b", "c"], PARAMS)
+    assert backend.in_bulk == [True] * 3
+    llm.generate(["a", "b", "c", "d"], PARAMS)
+    assert backend.in_bulk[3:] == [False] * 4
+    assert list(llm.run_jobs([Job("x", CompletionPrompt("a"), PARAMS)], streamed=False))
+    assert list(llm.stream([{"role": "user", "content": "a"}], PARAMS))
+    assert backend.in_bulk[7:] == [False] * 2

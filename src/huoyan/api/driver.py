@@ -56,8 +56,8 @@ def drive(
 ) -> Iterator[RequestOutput]:
     """Run `jobs` and yield their outputs as the backend gives them; a job's last one is `finished`.
 
-    Without `streamed` the last ones are enough for the caller; a backend may make no others. `in_bulk`: what counts is
-    when all of them are done.
+    Without `streamed` the last ones are enough for the caller; a backend may make no others. `in_bulk`: they are so
+    few that all can run at once, and what counts is when the last one is done.
 
     `jobs` is read as far as there is room: `concurrency` requests at once (None: what the engine batches and
     some ahead). A None in it says that there is nothing for now and that it is to be asked again. With

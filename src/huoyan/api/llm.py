@@ -195,14 +195,7 @@ class LLM:
         """Run requests as they are read from `jobs`, yielding every output as it comes; without `streamed` the last of
         each is enough."""
         with self._turn:
-            yield from drive(
-                self._open(),
-                jobs,
-                self._pool,
-                concurrency=concurrency,
-                streamed=streamed,
-                in_bulk=not streamed,
-            )
+            yield from drive(self._open(), jobs, self._pool, concurrency=concurrency, streamed=streamed)
 
     def beam_search(
         self, prompts: Any, params: BeamSearchParams, use_tqdm: bool | Callable[..., Any] = False
@@ -273,9 +266,10 @@ class LLM:
         # The first token of a request by itself is not to wait for another thread.
         pool = self._pool if len(jobs) > 1 else Inline()
         with self._turn, RequestBar(len(jobs), use_tqdm) as bar:
-            watched = bar.counts_tokens
+            runtime, watched = self._open(), bar.counts_tokens
+            few = len(jobs) <= runtime.options.max_num_seqs
             for output in drive(
-                self._open(), jobs, pool, raise_errors=raise_on_error, streamed=watched, in_bulk=True
+                runtime, jobs, pool, raise_errors=raise_on_error, streamed=watched, in_bulk=few
             ):
                 bar.update(output)
                 if output.finished:

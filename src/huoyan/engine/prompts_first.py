@@ -1,8 +1,9 @@
 """When a step is better left to prompts alone, and decodes wait for the next one.
 
-Each decode makes a full step longer by what its arithmetic takes; a step of decodes alone, which reads all weights
-anyway, hardly by anything. So where only the whole counts they are better computed together, once the prompts that are
-there are.
+Of a few requests that all run at once the last to begin decides when all are done. Each decode that shares a full step
+of prompts makes it longer by what its arithmetic takes, and none of the steps that follow fewer; so the decodes wait.
+With more requests than can run at once it is the other way round: what ends early makes room for the next, and a decode
+in a full step costs less than one in a step of decodes alone, which reads all weights for it.
 """
 
 from __future__ import annotations

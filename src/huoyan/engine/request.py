@@ -24,8 +24,8 @@ class EngineRequest:
     streamed: bool = True
     """Whether the output of every step is wanted; else only the last one is made."""
     in_bulk: bool = False
-    """Whether all that counts is when many requests are done, so that this one may wait for others where that is
-    sooner."""
+    """Whether it is one of a few that can all run at once, and all that counts is when the last of them is done: it may
+    wait for others where that is sooner."""
 
     @property
     def num_picture_tokens(self) -> int:

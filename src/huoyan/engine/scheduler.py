@@ -1,8 +1,8 @@
 """Continuous batching: which tokens of which requests the next step computes, and in which blocks.
 
 One budget of tokens a step. Sequences that decode come first, then prompts that are partly computed, then
-waiting requests, each in the order of arrival; where only the whole counts, decodes wait for prompts that fill
-a step by themselves. When blocks run out, the request that arrived last gives its
+waiting requests, each in the order of arrival; those of a few requests that only count together wait for prompts
+that fill a step (see `prompts_first`). When blocks run out, the request that arrived last gives its
 own back and is computed again later, its answer so far included. Only lengths are looked at here, never
 sampled ids, so that a step can be planned while the one before is still running.
 """
