@@ -27,9 +27,9 @@ library_name: huoyan
 
 # tiny-int4: the demonstration model in int4
 
-`tiny` with the matrices of its decoder in four bits (AWQ scales, compensated rounding, groups of {group_size}), made by
-`python training/make_tiny_int4.py`. It is a demonstration model: see the card of `tiny` for what it knows and
-`docs/quantization.md` for what four bits cost it.
+`tiny` with the matrices of its decoder in four bits (compensated rounding, AWQ scales where they help it, groups of
+{group_size}), made by `python training/make_tiny_int4.py`. It is a demonstration model: see the card of `tiny` for
+what it knows and `docs/quantization.md` for what four bits cost it.
 
 Held-out answers of the calibration set: perplexity {before:.4f} in 16 bits, {after:.4f} in int4;
 {agreement:.1f} % of the likeliest tokens agree.

@@ -21,12 +21,14 @@ from huoyan.layers.rope import RotaryTable
 from huoyan.media.picture import Picture
 from huoyan.models.checkpoint import open_checkpoint
 from huoyan.models.minicpmv import MiniCPMV
+from huoyan.models.tensor_reader import TensorReader
 from huoyan.models.weights import load_model
+from huoyan.quantize import awq as awq_module
 from huoyan.quantize import compensate as compensate_module
 from huoyan.quantize import run as run_module
-from huoyan.quantize.awq import SHRINKS, LayerInputs, best_shrink
+from huoyan.quantize.awq import SHRINKS, LayerInputs, best_shrink, scale_helps
 from huoyan.quantize.calibration import SHARES, CalibrationItem, EncodedItem, read_calibration, token_weights
-from huoyan.quantize.compensate import damp_, fit_scales, gram, round_compensated
+from huoyan.quantize.compensate import compensated_error, damp_, fit_scales, gram, round_compensated
 from huoyan.quantize.rounding import fake_quantize, round_to_int4
 from huoyan.quantize.run import quantize
 from tests.models.small import small_model, write_checkpoint
@@ -456,6 +458,71 @@ def test_compensated_rounding_of_inputs_apart_is_plain(seed: int) -> None:
     apart = round_compensated(weight, torch.diag(torch.rand(64, generator=g) + 0.5), 32)
     assert torch.equal(apart.q, plain.q)
     assert torch.equal(apart.zeros, plain.zeros)
+
+
+def compensated(weight: Tensor, x: Tensor) -> Int4Weight:
+    products = damp_(gram(x))
+    return fit_scales(weight, products, round_compensated(weight, products, 32))
+
+
+def test_the_compensated_error_over_all_tokens(seed: int) -> None:
+    x = correlated(seed, 128)
+    weight = torch.randn(24, 128, generator=torch.Generator().manual_seed(seed + 1))
+    products = gram(x)
+    found = compensated_error(weight, products, 32)
+    assert found == pytest.approx(products_error(weight, x, compensated(weight, x)) / len(x), rel=1e-3)
+    assert torch.equal(products, gram(x))
+
+
+def test_a_scale_helps_where_compensated_products_come_nearer(seed: int) -> None:
+    """Over all tokens; scales at random harm, and those that take unevenness out of the weights help."""
+    g = torch.Generator().manual_seed(seed)
+    x, scale = correlated(seed, 128), torch.exp(torch.randn(128, generator=g))
+    even = torch.randn(24, 128, generator=g)
+    for weight, expected in ((even, False), (even / scale, True)):
+        errors = [
+            products_error(w, y, compensated(w, y)) for w, y in ((weight, x), (weight * scale, x / scale))
+        ]
+        assert (errors[1] < errors[0]) == expected
+        assert scale_helps(weight, x, scale, 32) == expected
+
+
+def test_a_scale_is_judged_by_tokens_that_count(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens that do not count may be anything, and few of many outputs are enough."""
+    judged: list[tuple[Tensor, Tensor]] = []
+
+    def record(weight: Tensor, products: Tensor, group_size: int) -> float:
+        assert group_size == 32
+        judged.append((weight, products.clone()))
+        return float(len(judged))
+
+    monkeypatch.setattr(awq_module, "compensated_error", record)
+    monkeypatch.setattr(awq_module, "CHECKED_OUTPUTS", 5)
+    g = torch.Generator().manual_seed(seed)
+    x, scale = correlated(seed, 64), torch.exp(torch.randn(64, generator=g))
+    weight = torch.randn(12, 64, generator=g)
+    counts = torch.cat([torch.ones(len(x)), torch.zeros(50)])
+    assert not scale_helps(weight, torch.cat([x, 30 * torch.randn(50, 64, generator=g)]), scale, 32, counts)
+    for (some, products), own, seen in zip(judged, (weight, weight * scale), (x, x / scale), strict=True):
+        torch.testing.assert_close(some, own[::3])
+        torch.testing.assert_close(products, gram(seen), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("helps", [True, False])
+def test_scales_that_do_not_help_compensation_are_left_out(
+    source: Path, items: list[CalibrationItem], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, helps: bool
+) -> None:
+    monkeypatch.setattr(awq_module, "scale_helps", lambda *_, **__: helps)
+    report = quantize(
+        source, tmp_path / "out", compensate=True, group_size=64, calibration=items, device="cpu"
+    )
+    exponents = [e for note in report.layers for e in note["scale_exponents"].values()]
+    assert any(e >= 0 for e in exponents) == helps
+    before, after = (open_checkpoint(folder) for folder in (source, report.folder))
+    norm = "llm.model.layers.1.input_layernorm.weight"
+    with TensorReader(before.tensors) as old, TensorReader(after.tensors) as new:
+        same = torch.equal(old.read(norm).half(), new.read(norm))
+    assert same != helps
 
 
 def test_dead_inputs_can_be_inverted(seed: int) -> None:

@@ -4,6 +4,7 @@ Inputs that matter (large activations) are scaled up before rounding, and the op
 by the same amount, which changes nothing in float. How much is searched for on calibration activations: the
 scale of channel c is `mean|x_c| ** a / mean|w_c| ** (1 - a)`, for the exponent `a` of a grid whose quantized
 output is nearest the float one. Then each group's range is shrunk where that lowers the error of its products.
+Where rounding is compensated nothing is shrunk, and a scale must lower the error of compensated rounding too.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ from huoyan.layers.int4 import Int4Weight
 from huoyan.layers.rope import RotaryTable
 from huoyan.models.qwen2 import DecoderLayer
 from huoyan.quantize.causal import CausalAttention
-from huoyan.quantize.compensate import damp_, fit_scales, gram, round_compensated
+from huoyan.quantize.compensate import compensated_error, damp_, fit_scales, gram, round_compensated
 from huoyan.quantize.rounding import fake_quantize, group_range, round_to_int4
 
 GRID = 20
@@ -28,6 +30,8 @@ SHRINKS = tuple(1 - i / 20 for i in range(10))
 """Shares of a group's range tried, from all of it to a bit more than half."""
 SEARCH_TOKENS = 4096
 """Tokens the scale search compares outputs on, at most: sizes of channels are taken over all of them."""
+CHECKED_OUTPUTS = 256
+"""Outputs of a matrix whose compensated error says whether a scale helps, at most: each is rounded by itself."""
 MODULES = {
     "qkv": "self_attn.qkv_proj",
     "o": "self_attn.o_proj",
@@ -36,6 +40,8 @@ MODULES = {
 }
 """What of a layer can be quantized, by the names of our modules. Stacked matrices go together."""
 _CHUNK_VALUES = 2**27
+Helps = Callable[[Tensor, Tensor, Tensor], bool]
+"""Told a matrix, its inputs and a scale of them, says whether the scale is worth taking."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,8 @@ class AwqOptions:
 
     `compensate` rounds so that later inputs make up for earlier ones (see `huoyan.quantize.compensate`), with
     the inputs that the quantized layers before give. Nothing is clipped then: the scales are fitted afterwards, and
-    with both the answers came out further from the float model's.
+    with both the answers came out further from the float model's. Channels are scaled only where that helps this
+    rounding: most others make up for large inputs already, for which scaling is there.
     """
 
     group_size: int = 128
@@ -123,7 +130,8 @@ def quantize_layer(
     exponents: dict[str, float] = {}
     shrinks: dict[str, Tensor] = {}
     if options.method == "awq":
-        _search_scales(layer, inputs, options, exponents)
+        helps = partial(scale_helps, group_size=options.group_size, weights=weights)
+        _search_scales(layer, inputs, options, exponents, helps if options.compensate else None)
         if options.clips:
             shrinks = _search_clips(layer, inputs, options)
     rounded = {}
@@ -142,20 +150,23 @@ def quantize_layer(
 
 
 def _search_scales(
-    layer: DecoderLayer, inputs: LayerInputs, options: AwqOptions, exponents: dict[str, float]
+    layer: DecoderLayer,
+    inputs: LayerInputs,
+    options: AwqOptions,
+    exponents: dict[str, float],
+    helps: Helps | None,
 ) -> None:
     """Scale each chosen matrix's inputs up, and the operation before it down by as much."""
     attention, mlp = layer.self_attn, layer.mlp
-    group_size = options.group_size
+    best_scale = partial(_best_scale, group_size=options.group_size, helps=helps)
     few = inputs.some(SEARCH_TOKENS)
 
     if "qkv" in options.modules:
         normed, normed_few = layer.input_layernorm(inputs.x), layer.input_layernorm(few.x)
-        scale, exponents["qkv"] = _best_scale(
+        scale, exponents["qkv"] = best_scale(
             attention.qkv_proj.weight,
             normed,
             lambda: attention(0, normed_few, few.cos, few.sin, few.attend),
-            group_size,
         )
         attention.qkv_proj.weight.mul_(scale)
         layer.input_layernorm.weight.div_(scale)
@@ -165,7 +176,7 @@ def _search_scales(
         seen_few = spread(seen, SEARCH_TOKENS)
         o_weight = attention.o_proj.weight
         shared = _over_head_groups(attention.heads, attention.kv_heads, attention.head_dim)
-        scale, exponents["o"] = _best_scale(o_weight, seen, lambda: seen_few @ o_weight.T, group_size, shared)
+        scale, exponents["o"] = best_scale(o_weight, seen, lambda: seen_few @ o_weight.T, shared=shared)
         o_weight.mul_(scale)
         per_value = scale.view(attention.kv_heads, -1, attention.head_dim)[:, 0].flatten()
         first = attention.qkv_proj.weight.shape[0] - per_value.numel()
@@ -179,9 +190,7 @@ def _search_scales(
     if "gate_up" in options.modules:
         normed_mlp = layer.post_attention_layernorm(h)
         mlp_few = spread(normed_mlp, SEARCH_TOKENS)
-        scale, exponents["gate_up"] = _best_scale(
-            mlp.gate_up_proj.weight, normed_mlp, lambda: mlp(mlp_few), group_size
-        )
+        scale, exponents["gate_up"] = best_scale(mlp.gate_up_proj.weight, normed_mlp, lambda: mlp(mlp_few))
         mlp.gate_up_proj.weight.mul_(scale)
         layer.post_attention_layernorm.weight.div_(scale)
 
@@ -189,7 +198,7 @@ def _search_scales(
         inner = _inner(layer, h)
         inner_few = spread(inner, SEARCH_TOKENS)
         down = mlp.down_proj.weight
-        scale, exponents["down"] = _best_scale(down, inner, lambda: inner_few @ down.T, group_size)
+        scale, exponents["down"] = best_scale(down, inner, lambda: inner_few @ down.T)
         down.mul_(scale)
         mlp.gate_up_proj.weight[scale.numel() :].div_(scale.unsqueeze(1))
 
@@ -226,11 +235,13 @@ def _best_scale(
     output: Callable[[], Tensor],
     group_size: int,
     shared: Callable[[Tensor], Tensor] = lambda channels: channels,
+    helps: Helps | None = None,
 ) -> tuple[Tensor, float]:
     """The per-input scale whose quantized `output()` is nearest the float one, and its exponent.
 
     `output` computes from whatever `weight` holds; the weight is restored before returning. Scales of 1 (no
-    scaling) are always among the candidates, so the result is never worse than plain rounding.
+    scaling, exponent -1) are always among the candidates, so the result is never worse than plain rounding. They
+    are taken too where `helps` refuses the best.
     """
     original = weight.clone()
     target = output().float()
@@ -252,7 +263,27 @@ def _best_scale(
         if error < best_error:
             best_error, best, best_exponent = error, scale, a
     weight.copy_(original)
-    return best.to(weight.dtype), best_exponent
+    best = best.to(weight.dtype)
+    if helps is not None and best_exponent >= 0 and not helps(original, x, best):
+        return torch.ones_like(best), -1.0
+    return best, best_exponent
+
+
+def scale_helps(
+    weight: Tensor, x: Tensor, scale: Tensor, group_size: int, weights: Tensor | None = None
+) -> bool:
+    """Whether the products of weight [out, in] with x [T, in] lose less to compensated rounding where the inputs are
+    scaled up by `scale` [in] in the weight, and down in x.
+
+    Args:
+        weights: [T], how much a token counts; by default all count alike.
+    """
+    some = spread(weight, CHECKED_OUTPUTS).float()
+    factor = scale.float()
+    products = gram(x, weights)
+    before = compensated_error(some, products, group_size)
+    products.div_(factor).div_(factor.unsqueeze(1))
+    return compensated_error(some * factor, products, group_size) < before
 
 
 def _attention_output(layer: DecoderLayer, inputs: LayerInputs) -> Tensor:
