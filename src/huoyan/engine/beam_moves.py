@@ -12,6 +12,7 @@ from huoyan.layers.packed_attention import to_device
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from huoyan.engine.attention_cuda import StepTensors
     from huoyan.engine.batch import Batch
     from huoyan.engine.beam_ops import BeamOps
     from huoyan.engine.device_beams import BeamStep, DeviceBeams
@@ -52,3 +53,7 @@ class BeamMoves:
     def apply(self, tokens: Tensor, positions: Tensor, slots: Tensor, tables: Tensor) -> None:
         """Change the step's rows, integers [T] and [T, blocks], where they lie, and copy what beams must part with."""
         self._ops.move(self._orders, self._step.found, self._cache, tokens, positions, slots, tables)
+
+    def apply_to(self, step: StepTensors, tokens: Tensor) -> None:
+        """The same of the rows of a step, and its token ids [T]."""
+        self.apply(tokens, step.positions, step.slot_mapping, step.block_tables)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from huoyan.engine.graph_stream import capture_stream
+from huoyan.engine.graph_stream import run_and_capture
 from huoyan.engine.rotated_attention import RotatedAttention
 from huoyan.kernels.paged_decode import paged_decode
 from huoyan.planning.graphs import graph_sizes
@@ -123,14 +123,7 @@ class _Graph:
         return self._graph.pool()
 
     def capture(self, pool: Any) -> None:
-        """Run once to compile what is compiled on first use, then capture."""
-        stream = capture_stream(self._cache.device)
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._forward()
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(self._graph, pool=pool, stream=stream):
-            self._forward()
+        run_and_capture(self._graph, self._forward, pool, self._cache.device)
 
     def replay(self, batch: Batch, late: Late | None, moves: BeamMoves | None = None) -> Tensor:
         count = len(batch.chunks)

@@ -1,8 +1,10 @@
-"""Where CUDA graphs of steps are captured."""
+"""Where and how CUDA graphs of steps are captured."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -12,6 +14,19 @@ def capture_stream(device: torch.device) -> torch.cuda.Stream:
     where nothing can be captured, one for all."""
     current = torch.cuda.current_stream(device)
     return _aside(device) if current == torch.cuda.default_stream(device) else current
+
+
+def run_and_capture(
+    graph: torch.cuda.CUDAGraph, forward: Callable[[], None], pool: Any, device: torch.device
+) -> None:
+    """Run once to compile what is compiled on first use, then capture in `pool` (see `GraphMemory`)."""
+    stream = capture_stream(device)
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        forward()
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph, pool=pool, stream=stream):
+        forward()
 
 
 @lru_cache(maxsize=8)

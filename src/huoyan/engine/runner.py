@@ -160,7 +160,7 @@ class Runner:
         prepared = self._step_graphs.prepare(batch) if self._step_graphs is not None else None
         attention = None if prepared is not None else self._attention(batch, token_ids, moves)
         if prepared is not None and moves is not None:
-            moves.apply(token_ids, prepared.positions, prepared.slot_mapping, prepared.block_tables)
+            moves.apply_to(prepared.tensors, token_ids)
         x = self.model.embed(token_ids)
         if schedule.prefills:
             self._place_pictures(batch, x)
@@ -200,10 +200,10 @@ class Runner:
             return PagedAttention(self.cache, batch, self.model.dtype, self._workspace)
         from huoyan.engine.attention_cuda import CudaAttention, StepTensors
 
-        tensors = StepTensors(batch, self.device)
+        tensors = StepTensors.of(batch, self.device)
         if moves is not None:
-            moves.apply(token_ids, tensors.positions, tensors.slot_mapping, tensors.block_tables)
-        return CudaAttention(self.model, self.cache, batch, tensors)
+            moves.apply_to(tensors, token_ids)
+        return CudaAttention(self.model, self.cache, tensors)
 
     def _encode(self, pictures: list[PreparedPicture], beside: bool) -> None:
         encoded, ready = self.encoder.encode(pictures, beside)

@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from huoyan.engine.graph_stream import capture_stream
-from huoyan.engine.rotated_attention import RotatedAttention
-from huoyan.kernels.paged_decode import paged_decode
-from huoyan.kernels.paged_prefill import paged_prefill, prefill_tiles
+from huoyan.engine.attention_cuda import CudaAttention, StepTensors
+from huoyan.engine.graph_stream import run_and_capture
+from huoyan.kernels.paged_prefill import prefill_tiles
 from huoyan.planning.graphs import STEP_GRAPH_PARTS, StepGraphSize, step_graph_inputs, step_graph_sizes
 
 if TYPE_CHECKING:
@@ -119,10 +118,8 @@ class Prepared:
     def __init__(self, graph: _Graph, count: int) -> None:
         self._graph = graph
         self._count = count
-        self.positions, self.slot_mapping = graph.positions[:count], graph.slots[:count]
-        """int32 [T], read when it runs."""
-        self.block_tables = graph.tables
-        """int32 [rows, blocks], likewise."""
+        self.tensors = graph.tensors
+        """Read when it runs; rows beyond the step's tokens are of nothing."""
 
     def run(self, x: Tensor) -> Tensor:
         """The decoder's hidden states [T, hidden], valid until the next graph of the stream runs; x [T, hidden] are
@@ -148,16 +145,16 @@ class _Inputs:
         self._rows: NDArray[Any] = self._host_tables.numpy()
         self._copied = torch.cuda.Event() if pin else None
 
-    def split(self, size: StepGraphSize) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """On the device: positions, slots, lengths of decodes, tiles [tiles, 4]."""
+    def tensors(self, size: StepGraphSize) -> StepTensors:
+        """Where a graph of this size reads them."""
         counts = [size.tokens, size.tokens, size.decodes, 4 * size.tiles]
-        positions, slots, lengths, tiles = self.numbers[: size.numbers].split(counts)
-        return positions, slots, lengths, tiles.view(-1, 4)
+        positions, slots, lens, tiles = self.numbers[: size.numbers].split(counts)
+        return StepTensors(positions, slots, lens, tiles.view(-1, 4), size.queries, self.tables)
 
     def clear(self, size: StepGraphSize) -> None:
         """On the device: a step of nothing, which leaves the cache alone."""
         self.numbers.zero_()
-        self.split(size)[1].fill_(-1)
+        self.tensors(size).slot_mapping.fill_(-1)
 
     def fill(self, size: StepGraphSize, batch: Batch) -> None:
         """Send what a step's tokens, decodes and tiles are."""
@@ -191,23 +188,13 @@ class _Graph:
         self._x = x
         self._inputs = inputs
         self._size = size
-        self.positions, self.slots, lengths, tiles = inputs.split(size)
-        self.tables = inputs.tables
-        self._attend = _StepAttention(
-            model, inputs.cache, self.positions, self.slots, lengths, tiles, inputs.tables, size.queries
-        )
+        self.tensors = inputs.tensors(size)
+        self._attend = CudaAttention(model, inputs.cache, self.tensors, STEP_GRAPH_PARTS)
         self._graph = torch.cuda.CUDAGraph()
 
     def capture(self, pool: Any) -> None:
-        """Run once to compile what is compiled on first use, then capture."""
         self._inputs.clear(self._size)
-        stream = capture_stream(self._x.device)
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._forward()
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(self._graph, pool=pool, stream=stream):
-            self._forward()
+        run_and_capture(self._graph, self._forward, pool, self._x.device)
 
     def replay(self, x: Tensor, count: int) -> Tensor:
         self._x[:count].copy_(x)
@@ -215,37 +202,4 @@ class _Graph:
         return self._x[:count]
 
     def _forward(self) -> None:
-        self._x.copy_(self._model.decoder(self._x, self.positions, self._attend))
-
-
-class _StepAttention(RotatedAttention):
-    """See `huoyan.models.qwen2.FusedAttend`: decodes first, then chunks in tiles, then rows of nothing."""
-
-    def __init__(
-        self,
-        model: MiniCPMV,
-        cache: KVCache,
-        positions: Tensor,
-        slots: Tensor,
-        lengths: Tensor,
-        tiles: Tensor,
-        tables: Tensor,
-        queries: int,
-    ) -> None:
-        super().__init__(model, cache)
-        self._queries = queries
-        self._positions, self._slots, self._lengths = positions, slots, lengths
-        self._tiles, self._tables = tiles, tables
-
-    def rotate_and_attend(self, layer: int, qkv: Tensor, bias: Tensor | None) -> Tensor:
-        rows = self._rotate(layer, qkv, bias, self._positions, self._slots)
-        keys, values = self._cache.layer(layer)
-        cached = (keys.typed, values.typed, self._tables)
-        scales = (keys.scales, values.scales)
-        q = rows[:, : self._heads]
-        out = paged_prefill(q, *cached, self._tiles, *scales, queries=self._queries)
-        decodes = len(self._lengths)
-        if decodes:
-            first = (q[:decodes], *cached, self._lengths, *scales)
-            paged_decode(*first, parts=STEP_GRAPH_PARTS, out=out[:decodes])
-        return out.flatten(1)
+        self._x.copy_(self._model.decoder(self._x, self.tensors.positions, self._attend))

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from huoyan.kernels.cached_rows import cached_sequence, load_rows
 from huoyan.kernels.dependent_launch import begin, launch_options, overlaps, prefetch_lines, wait
-from huoyan.layers.kv_numbers import dequantize
 
 TILE = 64
 """Tokens a program takes at a time."""
@@ -30,15 +30,11 @@ def paged_decode_reference(
     value_scales: Tensor | None = None,
 ) -> Tensor:
     """The same in plain PyTorch, float32, a sequence at a time."""
-    block_size, kv_heads = keys.shape[1], keys.shape[2]
-    if key_scales is not None and value_scales is not None:
-        keys = dequantize(keys, key_scales, torch.float32)
-        values = dequantize(values, value_scales, torch.float32)
     out = torch.empty_like(q)
     for row, length in enumerate(seq_lens.tolist()):
-        blocks = block_tables[row, : -(-length // block_size)].long()
-        k, v = (cache[blocks].flatten(0, 1)[:length].float().transpose(0, 1) for cache in (keys, values))
-        grouped = q[row].float().unflatten(0, (kv_heads, -1))
+        k = cached_sequence(keys, key_scales, block_tables[row], length)
+        v = cached_sequence(values, value_scales, block_tables[row], length)
+        grouped = q[row].float().unflatten(0, (len(k), -1))
         scores = grouped @ k.transpose(1, 2) * q.shape[-1] ** -0.5
         out[row] = (scores.softmax(-1) @ v).flatten(0, 1).to(q.dtype)
     return out
@@ -48,20 +44,6 @@ def parts_for(batch: int, kv_heads: int, processors: int = 132) -> int:
     """Parts of the context: enough programs to fill the device about twice, a power of two."""
     wanted = max(1, 2 * processors // (batch * kv_heads))
     return min(MAX_PARTS, 1 << (wanted.bit_length() - 1))
-
-
-@triton.jit
-def _load(
-    numbers_ptr, scales_ptr, row, d, ok, like,
-    HEAD_DIM: tl.constexpr, SCALES: tl.constexpr,
-):  # fmt: skip
-    """Keys or values of a tile of tokens, in the dtype of `like`; with `SCALES` groups a head, out of 8 bits."""
-    x = tl.load(numbers_ptr + row[:, None] * HEAD_DIM + d[None, :], mask=ok, other=0.0)
-    if SCALES:
-        each: tl.constexpr = HEAD_DIM // SCALES
-        scale = tl.load(scales_ptr + row[:, None] * SCALES + (d // each)[None, :], mask=ok, other=0.0)
-        x = (x.to(tl.float32) * scale.to(tl.float32)).to(like.dtype)
-    return x
 
 
 @triton.jit
@@ -113,14 +95,14 @@ def _part_kernel(
             )
             at = (block * BLOCK_SIZE + token % BLOCK_SIZE) * KV_HEADS + head
             kv_ok = ok[:, None] & d_ok[None, :]
-            k = _load(keys_ptr, key_scales_ptr, at, d, kv_ok, q, HEAD_DIM, SCALES)
+            k = load_rows(keys_ptr, key_scales_ptr, at, d, kv_ok, q, HEAD_DIM, SCALES)
             scores = tl.dot(q, tl.trans(k))
             scores = tl.where(ok[None, :], scores, float("-inf"))
             new_top = tl.maximum(top, tl.max(scores, axis=1))
             shrink = tl.exp2(top - new_top)
             p = tl.exp2(scores - new_top[:, None])
             total = total * shrink + tl.sum(p, axis=1)
-            v = _load(values_ptr, value_scales_ptr, at, d, kv_ok, q, HEAD_DIM, SCALES)
+            v = load_rows(values_ptr, value_scales_ptr, at, d, kv_ok, q, HEAD_DIM, SCALES)
             acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v)
             top = new_top
         g_ok = g < GROUP

@@ -14,9 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from huoyan.kernels.cached_rows import cached_sequence, load_rows
 from huoyan.kernels.dependent_launch import begin, launch_options, overlaps, wait
-from huoyan.kernels.paged_decode import _load
-from huoyan.layers.kv_numbers import dequantize
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -64,17 +63,13 @@ def paged_prefill_reference(
     value_scales: Tensor | None = None,
 ) -> Tensor:
     """The same in plain PyTorch, float32, a tile at a time; rows of no tile are zeros."""
-    block_size, kv_heads = keys.shape[1], keys.shape[2]
-    if key_scales is not None and value_scales is not None:
-        keys = dequantize(keys, key_scales, torch.float32)
-        values = dequantize(values, value_scales, torch.float32)
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     for chunk, first, rows, position in tiles.tolist():
         length = position + rows
-        blocks = block_tables[chunk, : -(-length // block_size)].long()
-        k, v = (cache[blocks].flatten(0, 1)[:length].float().transpose(0, 1) for cache in (keys, values))
         own = q[first : first + rows].float().transpose(0, 1)
-        k, v = (x.repeat_interleave(q.shape[1] // kv_heads, 0) for x in (k, v))
+        k = cached_sequence(keys, key_scales, block_tables[chunk], length)
+        v = cached_sequence(values, value_scales, block_tables[chunk], length)
+        k, v = (x.repeat_interleave(len(own) // len(x), 0) for x in (k, v))
         scores = own @ k.transpose(1, 2) * q.shape[-1] ** -0.5
         at = torch.arange(length, device=q.device)
         scores.masked_fill_(at > at[position:, None], float("-inf"))
@@ -102,8 +97,8 @@ def _accumulate(
         v = tl.load(values_ptr + at[:, None] * HEAD_DIM + d[None, :])
     else:
         ok = (token < end)[:, None] & (d < HEAD_DIM)[None, :]
-        k = _load(keys_ptr, key_scales_ptr, at, d, ok, q, HEAD_DIM, SCALES)
-        v = _load(values_ptr, value_scales_ptr, at, d, ok, q, HEAD_DIM, SCALES)
+        k = load_rows(keys_ptr, key_scales_ptr, at, d, ok, q, HEAD_DIM, SCALES)
+        v = load_rows(values_ptr, value_scales_ptr, at, d, ok, q, HEAD_DIM, SCALES)
     scores = tl.dot(q, tl.trans(k))
     if not WHOLE:
         scores = tl.where(token[None, :] <= positions[:, None], scores, float("-inf"))

@@ -106,9 +106,11 @@ def _kernel(
         tl.store(row + n, rest.to(out_ptr.dtype.element_ty), mask=(m < M)[:, None] & (n < N))
 
 
-def takes(x: Tensor, weight: Tensor) -> bool:
+def takes(x: Tensor, weight: Tensor, gated: bool = False) -> bool:
     """Whether this is the way of x [M, K] through a dense matrix [N, K], a gate's or of many more inputs than outputs
-    (others have too few outputs to occupy a GPU, and cuBLAS is as fast)."""
+    (of others cuBLAS is as fast)."""
+    if not gated and 2 * len(weight) > weight.shape[1]:
+        return False
     if not (x.is_cuda and x.dim() == 2 and x.dtype in (torch.float16, torch.bfloat16)):
         return False
     if not (

@@ -64,11 +64,7 @@ class Linear(nn.Module):
         """What `forward` gives, or for a step's decodes on CUDA what may be ready sooner: float32 [S, T, out], to be
         summed and given the bias by whoever reads it. `over` [T, out] may be written over."""
         if not reads_few_rows(x, self.width_in):
-            if (
-                self.bias is None
-                and 2 * len(self.weight) <= self.width_in
-                and _reads_some_rows(x, self.weight)
-            ):
+            if self.bias is None and _reads_some_rows(x, self.weight):
                 from huoyan.kernels.wide_matmul import wide_matmul
 
                 return wide_matmul(x, self.weight)
@@ -86,7 +82,7 @@ class Linear(nn.Module):
     def gated(self, x: Tensor) -> Tensor:
         """silu(a) * b, of two matrices of equal widths without bias: [T, in] -> [T, out / 2]."""
         if not reads_few_rows(x, self.width_in):
-            if _reads_some_rows(x, self.weight):
+            if _reads_some_rows(x, self.weight, gated=True):
                 from huoyan.kernels.wide_matmul import wide_matmul
 
                 return wide_matmul(x, self.weight, gated=True)
@@ -124,13 +120,13 @@ def reads_few_rows(x: Tensor, width_in: int) -> bool:
     return len(x) <= MAX_ROWS and width_in % BLOCK_K == 0
 
 
-def _reads_some_rows(x: Tensor, weight: Tensor) -> bool:
+def _reads_some_rows(x: Tensor, weight: Tensor, gated: bool = False) -> bool:
     """The same of more rows, and `huoyan.kernels.wide_matmul`."""
     if not x.is_cuda or not decode_kernels_enabled():
         return False
     from huoyan.kernels.wide_matmul import takes
 
-    return takes(x, weight)
+    return takes(x, weight, gated)
 
 
 def gelu_of(linear: nn.Module, x: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from huoyan.layers.int4 import Int4Weight
 from huoyan.layers.rope import RotaryTable
 from huoyan.models.qwen2 import DecoderLayer
 from huoyan.quantize.causal import CausalAttention
-from huoyan.quantize.compensate import compensated_error, damp_, fit_scales, gram, round_compensated
+from huoyan.quantize.compensate import compensated, compensated_error, damp_, gram
 from huoyan.quantize.rounding import fake_quantize, group_range, round_to_int4
 
 GRID = 20
@@ -140,8 +140,7 @@ def quantize_layer(
         dense = linear.get_parameter("weight")
         if options.compensate:
             products = damp_(gram(_module_inputs(layer, quantized or inputs, name), weights))
-            weight = round_compensated(dense, products, options.group_size)
-            weight = fit_scales(dense, products, weight)
+            weight = compensated(dense, products, options.group_size)
         else:
             weight = round_to_int4(dense.float(), options.group_size, shrinks.get(name))
         dense.copy_(weight.dequantize())

@@ -69,8 +69,13 @@ def round_compensated(weight: Tensor, products: Tensor, group_size: int) -> Int4
     return Int4Weight(q, scales, zeros)
 
 
+def compensated(weight: Tensor, products: Tensor, group_size: int) -> Int4Weight:
+    """Int4 of weight [out, in], rounded and then fitted to inputs of damped mean products [in, in]."""
+    return fit_scales(weight, products, round_compensated(weight, products, group_size))
+
+
 def compensated_error(weight: Tensor, products: Tensor, group_size: int) -> float:
-    """What rounding weight [out, in] by `round_compensated` and `fit_scales` changes in its products: the mean square,
+    """What rounding weight [out, in] by `compensated` changes in its products: the mean square,
     summed over the outputs.
 
     Args:
@@ -78,7 +83,7 @@ def compensated_error(weight: Tensor, products: Tensor, group_size: int) -> floa
     """
     diagonal = products.diagonal().clone()
     damp_(products)
-    int4 = fit_scales(weight, products, round_compensated(weight, products, group_size))
+    int4 = compensated(weight, products, group_size)
     products.diagonal().copy_(diagonal)
     change = int4.dequantize() - weight.float()
     return float(((change @ products) * change).sum())
