@@ -17,8 +17,10 @@ from huoyan.kernels.int4_matmul import (
     int4_matmul_reference,
     pack_meta,
     pack_words,
+    paired,
     unpack_meta,
     unpack_words,
+    unpaired,
 )
 
 
@@ -102,13 +104,52 @@ def test_product(
         assert error(got, expected + bias.float()) < bound(dtype)
 
 
+def test_pairs_round_trip(seed: int) -> None:
+    rows = torch.randn(192, 5, generator=torch.Generator().manual_seed(seed))
+    ordered = paired(rows)
+    assert torch.equal(unpaired(ordered), rows)
+    # 32 of the gate, the 32 they are multiplied with, the next.
+    assert torch.equal(ordered[:32], rows[:32])
+    assert torch.equal(ordered[32:64], rows[96:128])
+    assert torch.equal(ordered[64:96], rows[32:64])
+
+
+@pytest.mark.parametrize("tuning", [t for t in TUNINGS if t is None or t.split == 1])
+@pytest.mark.parametrize("m, n, k, group", [(1, 64, 640, 128), (3, 192, 512, 64), (20, 320, 256, 32)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gate(
+    seed: int,
+    device: torch.device,
+    m: int,
+    n: int,
+    k: int,
+    group: int,
+    dtype: torch.dtype,
+    tuning: Tuning | None,
+) -> None:
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter multiplies the bits of bfloat16 matrices, not their values")
+    x, words, meta, _ = operands(seed, m, n, k, group, dtype, device)
+    gate, other = (x.float() @ unpaired(dequantize_reference(words, meta, dtype)).T).chunk(2, 1)
+    want = torch.nn.functional.silu(gate) * other
+    torch.testing.assert_close(int4_matmul_reference(x, words, meta, gated=True), want)
+    got = int4_matmul(x, words, meta, gated=True, tuning=tuning)
+    assert got.dtype == dtype
+    assert got.shape == (m, n // 2)
+    # Two sums are multiplied, each with an error of its own.
+    assert error(got, want) < 2**0.5 * bound(dtype)
+
+
+@pytest.mark.parametrize("pairs", [False, True])
 @pytest.mark.parametrize("group", [32, 64, 128, 256])
-def test_dequantize(seed: int, device: torch.device, group: int) -> None:
-    _, words, meta, _ = operands(seed, 1, 150, 512, group, torch.float16, device)
+def test_dequantize(seed: int, device: torch.device, group: int, pairs: bool) -> None:
+    n = 192 if pairs else 150
+    _, words, meta, _ = operands(seed, 1, n, 512, group, torch.float16, device)
     want = dequantize_reference(words, meta, torch.float16)
-    for start, stop in ((0, 150), (64, 130)):
+    want = unpaired(want) if pairs else want
+    for start, stop in ((0, n), (64, 130)):
         out = torch.full((stop - start, 512), torch.nan, dtype=torch.float16, device=device)
-        got = dequantize(words, meta, start, stop, out).float()
+        got = dequantize(words, meta, start, stop, out, pairs=pairs).float()
         torch.testing.assert_close(got, want[start:stop], rtol=1e-3, atol=1e-4)
 
 
@@ -126,12 +167,15 @@ def test_full_size(seed: int, device: torch.device, m: int, n: int, k: int, dtyp
     expected = int4_matmul_reference(x, words, meta)
     assert error(int4_matmul(x, words, meta, bias), expected + bias.float()) < bound(dtype)
     assert error(int4_matmul(x, words, meta, parts=True), expected) < bound(dtype)
+    if n > 2 * k:
+        want = int4_matmul_reference(x, words, meta, gated=True)
+        assert error(int4_matmul(x, words, meta, gated=True), want) < bound(dtype)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [193, 800, 2048])
-def test_gates_of_many_rows(seed: int, device: torch.device, rows: int) -> None:
-    """In pieces, beside the product with the whole matrix."""
+@pytest.mark.parametrize("rows", [1, 16, 100, 192, 193, 800, 2048])
+def test_gates(seed: int, device: torch.device, rows: int) -> None:
+    """By our kernel, or in pieces, beside the product with the whole matrix."""
     from huoyan.kernels.silu_mul import silu_mul_reference
     from huoyan.layers.int4 import Int4Linear, Int4Weight
 
@@ -139,9 +183,12 @@ def test_gates_of_many_rows(seed: int, device: torch.device, rows: int) -> None:
     q = torch.randint(0, 16, (2 * 18944, 3584), generator=g, dtype=torch.uint8)
     scales = torch.rand(2 * 18944, 28, generator=g) / 300
     weight = Int4Weight(q, scales, torch.full_like(scales, 8.0))
-    linear = Int4Linear(weight, None, dtype=torch.bfloat16, device=device)
+    linear = Int4Linear(weight, None, dtype=torch.bfloat16, device=device, gated=True)
     assert linear.packing == "words"
+    assert linear.pairs
     x = torch.randn(rows, 3584, generator=g).to(device, torch.bfloat16)
     with torch.inference_mode():
-        want = silu_mul_reference(linear(x))
+        whole = weight.dequantize().to(device, torch.bfloat16)
+        assert error(linear(x), x.float() @ whole.float().T) < bound(torch.bfloat16)
+        want = silu_mul_reference(x.float() @ whole.float().T)
         assert error(linear.gated(x).float(), want.float()) < bound(torch.bfloat16)

@@ -9,6 +9,9 @@ time are 64 outputs of 128 inputs, 4 KiB end to end (rows of 64 bytes, far apart
 
 `meta` int32 [K / group_size, N] holds a group's scale in the lower and its zero point in the upper 16 bits, both as
 numbers of the dtype, the zero point on top of the same constant that nibbles are built on.
+
+A gate and what it gates, two matrices of as many outputs, are one whose outputs are `paired`: 32 of the gate, then the
+same 32 of the other, and so on. So a program has both of a pair, and writes their product.
 """
 
 from __future__ import annotations
@@ -29,10 +32,24 @@ BLOCK = 128
 """Inputs that are multiplied at a time; their number must be a multiple of it."""
 TILE = 64
 """Outputs that stand together."""
+PAIR = TILE // 2
+"""Outputs of a gate that stand together where they are paired; their number must be a multiple of it."""
 MAX_ROWS = 192
 """More rows than this are for a dense product of the dequantized matrix."""
 _BUILT_ON = {torch.float16: 1024.0, torch.bfloat16: 128.0}
 """A nibble in the lowest bits of this number's mantissa is the number plus the nibble."""
+
+
+def paired(rows: Tensor) -> Tensor:
+    """[2 W, …], those of a gate and then those it gates, in the order above."""
+    ordered: Tensor = rows.unflatten(0, (2, -1, PAIR)).transpose(0, 1).flatten(0, 2)
+    return ordered
+
+
+def unpaired(rows: Tensor) -> Tensor:
+    """The inverse of `paired`."""
+    ordered: Tensor = rows.unflatten(0, (-1, 2, PAIR)).transpose(0, 1).flatten(0, 2)
+    return ordered
 
 
 def pack_words(q: Tensor) -> Tensor:
@@ -84,9 +101,13 @@ def dequantize_reference(words: Tensor, meta: Tensor, dtype: torch.dtype) -> Ten
     return weight.flatten(1)
 
 
-def int4_matmul_reference(x: Tensor, words: Tensor, meta: Tensor) -> Tensor:
-    """float32 [M, N] in plain PyTorch."""
-    return x.float() @ dequantize_reference(words, meta, x.dtype).T
+def int4_matmul_reference(x: Tensor, words: Tensor, meta: Tensor, gated: bool = False) -> Tensor:
+    """float32 [M, N] in plain PyTorch; `gated`: see `int4_matmul`."""
+    weight = dequantize_reference(words, meta, x.dtype)
+    if not gated:
+        return x.float() @ weight.T
+    gate, up = (x.float() @ unpaired(weight).T).chunk(2, 1)
+    return torch.nn.functional.silu(gate) * up
 
 
 @dataclass(frozen=True)
@@ -252,7 +273,25 @@ def _again(number, ASM: tl.constexpr):
 
 
 @triton.jit
-def _store(acc, bias_ptr, out_ptr, m, n, n_ok, split, M, N, HAS_BIAS: tl.constexpr):
+def _gated(acc):
+    """Sums [N, M] of paired outputs -> silu(gate) * other, [N / 2, M]"""
+    N: tl.constexpr = acc.shape[0]
+    M: tl.constexpr = acc.shape[1]
+    pairs = tl.permute(tl.reshape(acc, (N // 64, 2, 32, M)), (0, 2, 3, 1))
+    gate, other = tl.split(pairs)
+    return tl.reshape(gate / (1.0 + tl.exp(-gate)) * other, (N // 2, M))
+
+
+@triton.jit
+def _store(
+    acc, bias_ptr, out_ptr, m, tile_n, split, M, N, HAS_BIAS: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr
+):  # fmt: skip
+    if GATED:
+        acc = _gated(acc)
+        N = N // 2
+    BLOCK_N: tl.constexpr = acc.shape[0]
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    n_ok = n < (N + BLOCK_N if EVEN else N)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + n, mask=n_ok, other=0.0).to(tl.float32)[:, None]
     out_at = out_ptr + (split * M + m[None, :]) * N + n[:, None]
@@ -262,7 +301,7 @@ def _store(acc, bias_ptr, out_ptr, m, n, n_ok, split, M, N, HAS_BIAS: tl.constex
 @triton.jit(do_not_specialize=["M", "whole"])
 def _matmul_kernel(
     x_ptr, x_tiles, words_ptr, meta_ptr, bias_ptr, out_ptr, late_ptr, arrived_ptr, M, N, K, whole,
-    GROUP: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, SCALED: tl.constexpr,
+    GROUP: tl.constexpr, HAS_BIAS: tl.constexpr, GATED: tl.constexpr, SPLIT: tl.constexpr, SCALED: tl.constexpr,
     EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PREFETCH: tl.constexpr,
     UNROLL: tl.constexpr, TILES: tl.constexpr, TAIL: tl.constexpr,
     ASM: tl.constexpr, OVERLAP: tl.constexpr,
@@ -314,8 +353,7 @@ def _matmul_kernel(
         program = _again(tl.program_id(0), ASM)
         late = tl.maximum(program - whole, 0)
         part = late % TAIL
-        n = (tl.minimum(program, whole) + late // TAIL) * BLOCK_N + tl.arange(0, BLOCK_N)
-        n_ok = n < (N + BLOCK_N if EVEN else N)
+        tile_n = tl.minimum(program, whole) + late // TAIL
         if program >= whole:
             # A sum of a part of the inputs. Only whoever comes last goes on, with all of them.
             at = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
@@ -327,23 +365,27 @@ def _matmul_kernel(
                 acc = tl.load(sums, cache_modifier=".cg")
                 for other_part in tl.range(1, TAIL, num_stages=1):
                     acc += tl.load(sums + other_part * (BLOCK_N * BLOCK_M), cache_modifier=".cg")
-                _store(acc, bias_ptr, out_ptr, m, n, n_ok, split, M, N, HAS_BIAS)
+                _store(acc, bias_ptr, out_ptr, m, tile_n, split, M, N, HAS_BIAS, GATED, EVEN)
                 tl.store(arrived_ptr + late // TAIL, 0)
         else:
-            _store(acc, bias_ptr, out_ptr, m, n, n_ok, split, M, N, HAS_BIAS)
+            _store(acc, bias_ptr, out_ptr, m, tile_n, split, M, N, HAS_BIAS, GATED, EVEN)
     else:
-        _store(acc, bias_ptr, out_ptr, m, n, n_ok, split, M, N, HAS_BIAS)
+        _store(acc, bias_ptr, out_ptr, m, tile_n, split, M, N, HAS_BIAS, GATED, EVEN)
 
 
 @triton.jit
 def _dequantize_kernel(
     words_ptr, meta_ptr, out_ptr, rows, first_row, width, K,
-    GROUP: tl.constexpr, BLOCK_N: tl.constexpr, ASM: tl.constexpr,
+    GROUP: tl.constexpr, PAIRED: tl.constexpr, BLOCK_N: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     block = tl.program_id(1)
     ok = row < rows
     n = first_row + row
+    if PAIRED:
+        other = n // (width // 2)
+        own = n - other * (width // 2)
+        n = own // 32 * 64 + other * 32 + own % 32
     tile = words_ptr + (n // 64)[:, None].to(tl.int64) * (K * 8) + block * 1024
     w = tl.load(tile + (n % 64)[:, None] * 16 + tl.arange(0, 16)[None, :], mask=ok[:, None], other=0)
     meta = _load_meta(meta_ptr, n, ok, width, block, GROUP)
@@ -355,7 +397,7 @@ def _dequantize_kernel(
 
 @lru_cache(maxsize=1024)
 def choose(m: int, n: int, k: int, parts: bool = False, roomy: bool = True) -> Tuning:
-    """How a product is cut (searched, each cut with the kernel that reads it: see benchmarks/NOTES.md).
+    """How a product is cut (searched, each cut in its place in a step, by `benchmarks/decode_step.py`).
 
     `parts`: whether inputs may be shared out among programs whose sums the next kernel adds; `roomy`: see `_is_roomy`.
     """
@@ -366,10 +408,10 @@ def choose(m: int, n: int, k: int, parts: bool = False, roomy: bool = True) -> T
         return Tuning(128, split, warps=4, stages=4, block_m=64)
     if m > 16:
         return _choose_many(m <= 64, n, k, parts)
+    if n >= 16384:
+        return Tuning(128, 1, warps=4, stages=4, prefetch=4, wave=2, tail=4)
     if not parts:
         return Tuning(64, 1, warps=4, stages=4, prefetch=4)
-    if n >= 16384:
-        return Tuning(64, 1, warps=4, stages=4, prefetch=4, wave=4, tail=2)
     # A program for each processor and more; what reads the parts reads few outputs of each.
     split = max(1, min(k // BLOCK // 4, 7 if k < 8192 else 14))
     return Tuning(128, split, warps=4, stages=4, prefetch=4)
@@ -381,15 +423,17 @@ def _choose_many(few: bool, n: int, k: int, parts: bool) -> Tuning:
     if n >= 16384:
         # As many programs at a time as there is room for, and the last round shared out.
         return (
-            whole(128, 1, 8, 4, wave=2, tail=4) if few else whole(128, 1, 8, 2, registers=128, wave=2, tail=4)
+            whole(128, 1, 8, 4, wave=2, tail=4)
+            if few
+            else whole(128, 1, 8, 2, prefetch=4, registers=128, wave=2, tail=4)
         )
     if not parts:
         return whole(64, 1, 4, 3 if few else 2)
     most = max(1, k // BLOCK // 4)
     if n > k:
-        return whole(64, min(4, most), 4, 3 if few else 2)
+        return whole(64, min(4, most), 4, 3 if few else 2, prefetch=4)
     if few:
-        return whole(128, min(9, most), 8, 3, prefetch=4) if k >= 8192 else whole(64, min(7, most), 4, 3)
+        return whole(64, min(7, most), 4, 3, prefetch=4 if k >= 8192 else 0)
     return whole(128, min(4, most), 4, 3)
 
 
@@ -407,6 +451,7 @@ def int4_matmul(
     bias: Tensor | None = None,
     *,
     parts: bool = False,
+    gated: bool = False,
     tuning: Tuning | None = None,
 ) -> Tensor:
     """x [M, K] times the matrix of `words` (of `pack_words`) and `meta` [K / group_size, N].
@@ -416,23 +461,32 @@ def int4_matmul(
         meta: of numbers of x's dtype.
         bias: [N], not of parts.
         parts: where it is faster, give float32 [S, M, N], to be summed by whoever reads it.
+        gated: the matrix's outputs are `paired`, which has neither bias nor parts: gives silu(gate) * other [M, N / 2].
 
     Returns:
         [M, N] in the dtype of x, or parts.
     """
-    out, grid, operands, options = _launch(x, words, meta, bias, parts, tuning)
+    out, grid, operands, options = _launch(x, words, meta, bias, parts, gated, tuning)
     _matmul_kernel[grid](*operands, **options)
     return out
 
 
-def compile_ahead(x: Tensor, words: Tensor, meta: Tensor, *, parts: bool, tuning: Tuning) -> None:
+def compile_ahead(
+    x: Tensor, words: Tensor, meta: Tensor, *, parts: bool, gated: bool = False, tuning: Tuning
+) -> None:
     """Compile what `int4_matmul` would launch, for searches; other threads may do the same."""
-    _, grid, operands, options = _launch(x, words, meta, None, parts, tuning)
+    _, grid, operands, options = _launch(x, words, meta, None, parts, gated, tuning)
     _matmul_kernel.warmup(*operands, grid=grid, **options)
 
 
 def _launch(
-    x: Tensor, words: Tensor, meta: Tensor, bias: Tensor | None, parts: bool, tuning: Tuning | None
+    x: Tensor,
+    words: Tensor,
+    meta: Tensor,
+    bias: Tensor | None,
+    parts: bool,
+    gated: bool,
+    tuning: Tuning | None,
 ) -> tuple[Tensor, tuple[int, int, int], tuple[Any, ...], dict[str, Any]]:
     """The result, not yet filled, and what fills it: a grid, operands and options of the kernel."""
     m, k = x.shape
@@ -443,7 +497,7 @@ def _launch(
     if split > 1:
         out = torch.empty((split, m, n), dtype=torch.float32, device=x.device)
     else:
-        out = torch.empty((m, n), dtype=x.dtype, device=x.device)
+        out = torch.empty((m, n // 2 if gated else n), dtype=x.dtype, device=x.device)
     overlap = x.is_cuda and overlaps()
     programs = whole = triton.cdiv(n, tuning.block_n)
     tail, late, arrived = 1, out, out
@@ -463,7 +517,7 @@ def _launch(
         x if bias is None else bias, out, late, arrived, m, n, k, whole,
     )  # fmt: skip
     options = dict(
-        GROUP=group, HAS_BIAS=bias is not None, SPLIT=split, SCALED=group < BLOCK or tuning.scaled,
+        GROUP=group, HAS_BIAS=bias is not None, GATED=gated, SPLIT=split, SCALED=group < BLOCK or tuning.scaled,
         EVEN=n % tuning.block_n == 0, BLOCK_M=tuning.block_m, BLOCK_N=tuning.block_n, STAGES=tuning.stages,
         PREFETCH=tuning.prefetch if overlap else 0, UNROLL=tuning.unroll, TILES=tiles, TAIL=tail,
         ASM=x.is_cuda, OVERLAP=overlap, num_warps=tuning.warps, **launch_options(overlap),
@@ -497,11 +551,16 @@ def _arrivals(tiles: int, device: torch.device) -> Tensor:
     return found
 
 
-def dequantize(words: Tensor, meta: Tensor, start: int, stop: int, out: Tensor) -> Tensor:
-    """Rows start to stop of the dense matrix, for products of many rows; `out` [stop - start, K], filled."""
+def dequantize(
+    words: Tensor, meta: Tensor, start: int, stop: int, out: Tensor, *, pairs: bool = False
+) -> Tensor:
+    """Rows start to stop of the dense matrix, for products of many rows; `out` [stop - start, K], filled.
+
+    `pairs`: they are `paired`; rows are counted as they were before.
+    """
     width, k = meta.shape[1], words.shape[1] * BLOCK
     _dequantize_kernel[(triton.cdiv(stop - start, 64), k // BLOCK)](
         words, meta, out, stop - start, start, width, k,
-        GROUP=k // meta.shape[0], BLOCK_N=64, ASM=words.is_cuda, num_warps=4,
+        GROUP=k // meta.shape[0], PAIRED=pairs, BLOCK_N=64, ASM=words.is_cuda, num_warps=4,
     )  # fmt: skip
     return out

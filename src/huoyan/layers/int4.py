@@ -70,12 +70,21 @@ class Int4Linear(nn.Module):
     packed: Tensor
     meta: Tensor
     """Of our kernels, scales and zero points together."""
+    pairs = False
+    """Whether our kernels have the outputs of a gate and what it gates side by side."""
     scales: Tensor
     zeros: Tensor
 
     def __init__(
-        self, weight: Int4Weight, bias: Tensor | None, *, dtype: torch.dtype, device: torch.device
+        self,
+        weight: Int4Weight,
+        bias: Tensor | None,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        gated: bool = False,
     ) -> None:
+        """`gated`: the matrix is a gate's rows and then as many others, for `gated`."""
         super().__init__()
         self.width_out, self.width_in = weight.q.shape
         self.bias = None if bias is None else nn.Parameter(bias.to(device, dtype), requires_grad=False)
@@ -86,11 +95,15 @@ class Int4Linear(nn.Module):
             offset = (8 - weight.zeros) * weight.scales
             scales = torch.stack((weight.scales, offset), dim=-1).transpose(0, 1).contiguous()
         elif self.packing == "words":
-            from huoyan.kernels.int4_matmul import pack_meta, pack_words
+            from huoyan.kernels.int4_matmul import PAIR, pack_meta, pack_words, paired
 
             self.group_size = weight.group_size
-            self.register_buffer("packed", pack_words(weight.q.to(device)))
-            self.register_buffer("meta", pack_meta(weight.scales.to(device), weight.zeros.to(device), dtype))
+            self.pairs = gated and bias is None and self.width_out % (2 * PAIR) == 0
+            q, scales, zeros = (t.to(device) for t in (weight.q, weight.scales, weight.zeros))
+            if self.pairs:
+                q, scales, zeros = paired(q), paired(scales), paired(zeros)
+            self.register_buffer("packed", pack_words(q))
+            self.register_buffer("meta", pack_meta(scales, zeros, dtype))
             return
         else:
             q = weight.q.to(device)
@@ -113,7 +126,7 @@ class Int4Linear(nn.Module):
 
     def parts(self, x: Tensor, over: Tensor | None = None) -> Tensor:
         """See `huoyan.layers.linear.Linear.parts`."""
-        if self.packing != "words" or not self._few(x):
+        if self.packing != "words" or self.pairs or not self._few(x):
             if self.packing == "words" and self.bias is None and may_be_over(x, over, self.width_out):
                 return linear_by_blocks(x, self.width_out, self._dense(x), out=over)
             whole: Tensor = self(x)
@@ -127,6 +140,10 @@ class Int4Linear(nn.Module):
         if self.packing == "words" and x.dim() == 2 and len(x) > FEW_ROWS:
             width = self.width_out // 2
             return gated_by_blocks(x, width, self._dense(x), up_columns(len(x), width))
+        if self.pairs and self._few(x):
+            from huoyan.kernels.int4_matmul import int4_matmul
+
+            return int4_matmul(x, self.packed, self.meta, gated=True)
         return silu_mul(self.parts(x), x.dtype)
 
     def _few(self, x: Tensor) -> bool:
@@ -137,7 +154,7 @@ class Int4Linear(nn.Module):
     def _by_kernel(self, x: Tensor) -> Tensor:
         from huoyan.kernels import int4_matmul as kernel
 
-        if x.shape[0] <= kernel.MAX_ROWS:
+        if x.shape[0] <= kernel.MAX_ROWS and not self.pairs:
             return kernel.int4_matmul(x.contiguous(), self.packed, self.meta, self.bias)
 
         return linear_by_blocks(x, self.width_out, self._dense(x), self.bias)
@@ -148,7 +165,7 @@ class Int4Linear(nn.Module):
 
         def dense(start: int, stop: int) -> Tensor:
             out = _scratch(stop - start, self.width_in, x)
-            return dequantize(self.packed, self.meta, start, stop, out)
+            return dequantize(self.packed, self.meta, start, stop, out, pairs=self.pairs)
 
         return dense
 

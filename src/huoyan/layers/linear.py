@@ -34,6 +34,11 @@ class Linear(nn.Module):
         self.reordered: Tensor | None = None
         """The weight in oneDNN's order, in place of `weight`: see `lay_out_for_cpu`."""
 
+    @property
+    def gates(self) -> bool:
+        """Whether it has what `gated` takes."""
+        return self.bias is None and len(self.splits) == 2 and self.splits[0] == self.splits[1]
+
     def forward(self, x: Tensor) -> Tensor:
         if self.reordered is not None:
             out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.reordered, self.bias, "none", [], "")

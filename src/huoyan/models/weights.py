@@ -146,7 +146,7 @@ def _fill_from_files(
                 ]
             )
             owner, _, leaf = module.rpartition(".")
-            replacement = Int4Linear(weight, dense.bias, dtype=dtype, device=device)
+            replacement = Int4Linear(weight, dense.bias, dtype=dtype, device=device, gated=dense.gates)
             setattr(model.get_submodule(owner), leaf, replacement)
             report()
         tables = {}
@@ -347,7 +347,8 @@ def _put_random_int4(
         torch.full(shape, 8.0, device=device),
     )
     owner, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(owner), leaf, Int4Linear(weight, dense.bias, dtype=dtype, device=device))
+    layer = Int4Linear(weight, dense.bias, dtype=dtype, device=device, gated=dense.gates)
+    setattr(model.get_submodule(owner), leaf, layer)
 
 
 def set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
