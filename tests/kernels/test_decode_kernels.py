@@ -10,7 +10,8 @@ pytest.importorskip("triton")
 
 from huoyan.engine.kv_format import kv_format
 from huoyan.kernels.add_rms_norm import add_rms_norm, add_rms_norm_reference
-from huoyan.kernels.paged_decode import paged_decode, paged_decode_reference, parts_for
+from huoyan.kernels.arrivals import arrivals
+from huoyan.kernels.paged_decode import TILE, paged_decode, paged_decode_reference, parts_for
 from huoyan.kernels.rope_cache import rope_cache, rope_cache_reference
 from huoyan.kernels.silu_mul import silu_mul, silu_mul_over, silu_mul_reference
 from huoyan.layers.kv_numbers import STORED_AS, dequantize, quantize
@@ -67,6 +68,81 @@ def test_paged_decode_of_eight_bits(
     q = torch.randn(len(lengths), heads, dim, generator=g).half().to(device)
     given = (q, keys, values, tables, lengths.to(device), *scales)
     near(paged_decode(*given, parts=parts), paged_decode_reference(*given), 3e-3)
+
+
+def lengths_of_tiles(g: torch.Generator, parts: int) -> Tensor:
+    """Of rows that have work for no part, one, two, several (the last with fewer tiles than others) and all."""
+    tiles = [0, 1, 2, 3, parts // 2 + 1, parts, 0, parts + 1]
+    lengths = [n * TILE - int(torch.randint(0, TILE, (), generator=g)) if n else 0 for n in tiles]
+    return torch.tensor(lengths, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("name", ["auto", "int8", "fp8_e4m3"])
+@pytest.mark.parametrize(
+    "heads, kv_heads, dim, parts", [(6, 2, 72, 1), (7, 1, 32, 2), (6, 2, 72, 8), (7, 1, 32, 32)]
+)
+def test_parts_are_joined_by_the_last(
+    seed: int, device: torch.device, heads: int, kv_heads: int, dim: int, parts: int, name: str
+) -> None:
+    g = torch.Generator().manual_seed(seed)
+    lengths = lengths_of_tiles(g, parts)
+    blocks = -(-int(lengths.max()) // 16)
+    cache = random_cache(seed, 2 * blocks, 16, kv_heads, dim, device)
+    scales: list[Tensor] = []
+    if name != "auto":
+        cache, scales = eight_bits(name, cache)
+    tables = torch.stack([torch.randperm(2 * blocks, generator=g)[:blocks] for _ in lengths]).int().to(device)
+    there = lengths > 0
+    q, other, before = torch.randn(3, len(lengths), heads, dim, generator=g).half().to(device)
+    given = (*cache, tables, lengths.to(device), *scales)
+
+    def answer(queries: Tensor) -> Tensor:
+        out = paged_decode(queries, *given, parts=parts, out=before.clone())
+        assert not arrivals(len(lengths) * kv_heads, device).any()
+        return out
+
+    # Nothing of a launch stays for the next, and whose turn is the last decides nothing.
+    first, between, again = answer(q), answer(other), answer(q)
+    assert torch.equal(first, again)
+    for queries, got in ((q, first), (other, between)):
+        near(got[there], paged_decode_reference(queries, *given)[there], 3e-3)
+        assert torch.equal(got[~there], before[~there])
+
+
+def test_counters_are_kept_where_they_lie(device: torch.device) -> None:
+    some = arrivals(3, device)
+    more = arrivals(len(some) + 1, device)
+    assert len(more) > len(some)
+    assert arrivals(len(some), device).data_ptr() == some.data_ptr()
+    assert arrivals(len(more), device).data_ptr() == more.data_ptr()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs")
+@pytest.mark.parametrize("warm", [True, False])
+def test_a_graph_joins_parts_of_other_lengths(seed: int, device: torch.device, warm: bool) -> None:
+    """`warm`: with counters that were there before the capture, else with the graph's own."""
+    g = torch.Generator().manual_seed(seed)
+    keys, values = random_cache(seed, 40, 16, 2, 64, device)
+    tables = torch.stack([torch.randperm(40, generator=g) for _ in range(2)]).int().to(device)
+    q = torch.randn(2, 8, 64, generator=g).half().to(device)
+    lengths = torch.tensor([1, 640], dtype=torch.int32, device=device)
+    given = (q, keys, values, tables, lengths)
+    paged_decode(*given, parts=8)  # compiled outside of the capture
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    if warm:
+        with torch.cuda.stream(stream):
+            paged_decode(*given, parts=8)
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph, stream=stream):
+        got = paged_decode(*given, parts=8)
+    for now in ([1, 640], [640, 65], [0, 300], [129, 1]):
+        lengths.copy_(torch.tensor(now, dtype=torch.int32))
+        want = paged_decode(*given, parts=8)
+        for _ in range(3):
+            graph.replay()
+            for row, length in enumerate(now):
+                assert not length or torch.equal(got[row], want[row])
 
 
 def test_queries_may_stand_in_a_wider_row(seed: int, device: torch.device) -> None:

@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from huoyan.kernels.arrivals import arrivals
 from huoyan.kernels.dependent_launch import begin, launch_options, overlaps, prefetch_lines, wait
 
 BLOCK = 128
@@ -510,7 +511,7 @@ def _launch(
         late = torch.empty(
             over * tail * tuning.block_n * tuning.block_m, dtype=torch.float32, device=x.device
         )
-        arrived = _arrivals(over, x.device)
+        arrived = arrivals(over, x.device)
     tiles = tuning.tiles and (overlap or not x.is_cuda)
     operands = (
         x, TensorDescriptor(x, [m, k], [k, 1], [tuning.block_m, BLOCK]) if tiles else x, words, meta,
@@ -530,25 +531,6 @@ def _launch(
 @lru_cache(maxsize=16)
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-_ARRIVED: dict[tuple[torch.device, int], Tensor] = {}
-
-
-def _arrivals(tiles: int, device: torch.device) -> Tensor:
-    """Zeros, at least so many, which every product leaves as zeros: of the current stream, kept.
-
-    Those that are made while a graph is captured belong to the graph, which makes them zeros each time.
-    """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        kept = _ARRIVED.get((device, torch.cuda.current_stream(device).cuda_stream))
-        if kept is None or len(kept) < tiles:
-            return torch.zeros(tiles, dtype=torch.int32, device=device)
-    key = device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    found = _ARRIVED.get(key)
-    if found is None or len(found) < tiles:
-        _ARRIVED[key] = found = torch.zeros(max(tiles, 1024), dtype=torch.int32, device=device)
-    return found
 
 
 def dequantize(

@@ -1,8 +1,10 @@
 """Attention of one new token a sequence over the blocks of the KV cache, split over the context.
 
 Each program takes one key head of one sequence, with all query heads that share it, and one part of the context
-(flash decoding: Dao et al. 2023); a second kernel joins the parts. The number of parts depends on the batch size
-only, so that the launch can be captured in a CUDA graph and replayed for any lengths.
+(flash decoding: Dao et al. 2023); the last of them to come joins the parts, always in the same order. (A kernel for
+that, with the hand-over to it, took longer than the parts of a short context.) The number of parts depends on the batch
+size only, so that the launch can be captured in a CUDA graph and replayed for any lengths; where the context is too
+short for so many, the others do nothing.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from huoyan.kernels.arrivals import arrivals
 from huoyan.kernels.cached_rows import cached_sequence, load_rows
 from huoyan.kernels.dependent_launch import begin, launch_options, overlaps, prefetch_lines, wait
 
@@ -47,9 +50,51 @@ def parts_for(batch: int, kv_heads: int, processors: int = 132) -> int:
 
 
 @triton.jit
-def _part_kernel(
+def _store(result, out_ptr, out_at, q_ok):
+    tl.store(out_ptr + out_at, result.to(out_ptr.dtype.element_ty), mask=q_ok)
+
+
+@triton.jit
+def _joined(
+    part_out_ptr, part_max_ptr, part_sum_ptr, first_part, working, g, d, q_ok,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """The answer [query heads, head_dim] of a row and key head, whose `working` parts lie from `first_part` on.
+
+    The maximum runs along, as within a part: with all maxima first, their weights would have to change between the
+    threads before each part, which the loads of the next one wait for. What lies in the L1 cache may be older than what
+    other programs wrote, so all is read past it; one's own part too, as the result must not depend on whose it is.
+    """
+    # So many are on their way at a time: the way is long, and all of them would take too many registers.
+    AT_ONCE: tl.constexpr = 4
+    # Heads that are only padding read another's numbers: with none they would be nan.
+    held = tl.minimum(g, GROUP - 1)
+    top = tl.full((g.shape[0],), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((g.shape[0],), dtype=tl.float32)
+    acc = tl.zeros((g.shape[0], d.shape[0]), dtype=tl.float32)
+    for start in tl.range(0, working, AT_ONCE, num_stages=1):
+        for i in tl.static_range(AT_ONCE):
+            there = start + i < working
+            at = (first_part + start + i) * GROUP
+            part_top = tl.load(
+                part_max_ptr + at + held, mask=there, other=float("-inf"), cache_modifier=".cg"
+            )
+            part_total = tl.load(part_sum_ptr + at + held, mask=there, other=0.0, cache_modifier=".cg")
+            x_at = (at + g)[:, None] * HEAD_DIM + d[None, :]
+            x = tl.load(part_out_ptr + x_at, mask=q_ok & there, other=0.0, cache_modifier=".cg")
+            new_top = tl.maximum(top, part_top)
+            shrink = tl.exp2(top - new_top)
+            weight = tl.exp2(part_top - new_top)
+            total = total * shrink + part_total * weight
+            acc = acc * shrink[:, None] + x * weight[:, None]
+            top = new_top
+    return acc / total[:, None]
+
+
+@triton.jit
+def _decode_kernel(
     q_ptr, keys_ptr, values_ptr, key_scales_ptr, value_scales_ptr, tables_ptr, lens_ptr,
-    out_ptr, part_out_ptr, part_max_ptr, part_sum_ptr,
+    out_ptr, part_out_ptr, part_max_ptr, part_sum_ptr, arrived_ptr,
     scale, q_stride, table_stride,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, HEAD_DIM: tl.constexpr,
     DIM_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr,
@@ -72,16 +117,16 @@ def _part_kernel(
     q_ok = (g < GROUP)[:, None] & d_ok[None, :]
     q_heads = head * GROUP + g
     if OVERLAP:  # noqa: SIM102, known when compiled and known when run
-        if length > 0:
+        if first < length:
             token = tl.minimum(first + t, length - 1)
             block = tl.load(tables_ptr + row * table_stride + token // BLOCK_SIZE).to(tl.int64)
             at = (block * BLOCK_SIZE + token % BLOCK_SIZE) * KV_HEADS + head
             line = tl.arange(0, 2) * (HEAD_DIM // 2)
             prefetch_lines(keys_ptr + at[:, None] * HEAD_DIM + line[None, :])
             prefetch_lines(values_ptr + at[:, None] * HEAD_DIM + line[None, :])
-    # Also where there is no sequence: what comes next waits for this kernel alone.
+    # Also where there is nothing to do: what comes next waits for this kernel alone.
     wait(OVERLAP)
-    if length > 0:
+    if first < length:
         q = tl.load(q_ptr + row * q_stride + q_heads[:, None] * HEAD_DIM + d[None, :], mask=q_ok, other=0.0)
         q = (q.to(tl.float32) * (scale * 1.4426950408889634)).to(q.dtype)
         top = tl.full((GROUP_PADDED,), float("-inf"), dtype=tl.float32)
@@ -105,39 +150,28 @@ def _part_kernel(
             v = load_rows(values_ptr, value_scales_ptr, at, d, kv_ok, q, HEAD_DIM, SCALES)
             acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v)
             top = new_top
-        g_ok = g < GROUP
-        if PARTS == 1:
-            result = acc / total[:, None]
-            out_at = (row * KV_HEADS * GROUP + q_heads[:, None]) * HEAD_DIM + d[None, :]
-            tl.store(out_ptr + out_at, result.to(out_ptr.dtype.element_ty), mask=q_ok)
+        out_at = (row * KV_HEADS * GROUP + q_heads[:, None]) * HEAD_DIM + d[None, :]
+        working = tl.cdiv(tiles, tiles_a_part)
+        if PARTS == 1:  # noqa: SIM114, known when compiled and known when run
+            _store(acc / total[:, None], out_ptr, out_at, q_ok)
+        elif working == 1:
+            _store(acc / total[:, None], out_ptr, out_at, q_ok)
         else:
-            head_row = (row * KV_HEADS * GROUP + q_heads) * PARTS + part
-            tl.store(part_max_ptr + head_row, top, mask=g_ok)
-            tl.store(part_sum_ptr + head_row, total, mask=g_ok)
-            tl.store(part_out_ptr + head_row[:, None] * HEAD_DIM + d[None, :], acc, mask=q_ok)
-
-
-@triton.jit
-def _join_kernel(
-    out_ptr, part_out_ptr, part_max_ptr, part_sum_ptr, lens_ptr,
-    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_PADDED: tl.constexpr, PARTS: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):  # fmt: skip
-    begin(OVERLAP)
-    head_row = tl.program_id(0)
-    length = tl.load(lens_ptr + head_row // HEADS)
-    wait(OVERLAP)
-    if length > 0:
-        part = tl.arange(0, PARTS)
-        d = tl.arange(0, DIM_PADDED)
-        d_ok = d < HEAD_DIM
-        top = tl.load(part_max_ptr + head_row * PARTS + part)
-        weight = tl.exp2(top - tl.max(top, axis=0))
-        total = tl.sum(tl.load(part_sum_ptr + head_row * PARTS + part) * weight, axis=0)
-        at = (head_row * PARTS + part)[:, None] * HEAD_DIM + d[None, :]
-        parts = tl.load(part_out_ptr + at, mask=d_ok[None, :], other=0.0)
-        result = tl.sum(parts * weight[:, None], axis=0) / total
-        tl.store(out_ptr + head_row * HEAD_DIM + d, result.to(out_ptr.dtype.element_ty), mask=d_ok)
+            of_all = row * KV_HEADS + head
+            part_at = (of_all * PARTS + part) * GROUP + g
+            tl.store(part_max_ptr + part_at, top, mask=g < GROUP)
+            tl.store(part_sum_ptr + part_at, total, mask=g < GROUP)
+            tl.store(part_out_ptr + part_at[:, None] * HEAD_DIM + d[None, :], acc, mask=q_ok)
+            # The counter says that all threads have stored theirs.
+            tl.debug_barrier()
+            before = tl.atomic_add(arrived_ptr + of_all, 1, sem="acq_rel")
+            if before == working - 1:
+                result = _joined(
+                    part_out_ptr, part_max_ptr, part_sum_ptr, of_all * PARTS, working, g, d, q_ok,
+                    GROUP, HEAD_DIM,
+                )  # fmt: skip
+                _store(result, out_ptr, out_at, q_ok)
+                tl.store(arrived_ptr + of_all, 0)
 
 
 def paged_decode(
@@ -172,24 +206,19 @@ def paged_decode(
     parts = parts or parts_for(batch, kv_heads)
     if out is None:
         out = torch.empty((batch, heads, head_dim), dtype=q.dtype, device=q.device)
-    shape = (batch, heads, parts) if parts > 1 else (1, 1, 1)
+    shape = (batch, kv_heads, parts, group) if parts > 1 else (1, 1, 1, 1)
     part_out = torch.empty((*shape, head_dim), dtype=torch.float32, device=q.device)
     part_max = torch.empty(shape, dtype=torch.float32, device=q.device)
     part_sum = torch.empty(shape, dtype=torch.float32, device=q.device)
-    padded = max(16, triton.next_power_of_2(head_dim))
+    arrived = arrivals(batch * kv_heads, q.device) if parts > 1 else seq_lens
     overlap = q.is_cuda and overlaps()
-    _part_kernel[(batch, kv_heads, parts)](
+    _decode_kernel[(batch, kv_heads, parts)](
         q, keys, values, q if key_scales is None else key_scales, q if value_scales is None else value_scales,
-        block_tables, seq_lens, out, part_out, part_max, part_sum,
+        block_tables, seq_lens, out, part_out, part_max, part_sum, arrived,
         head_dim**-0.5, q.stride(0), block_tables.stride(0),
         KV_HEADS=kv_heads, GROUP=group, GROUP_PADDED=max(16, triton.next_power_of_2(group)), HEAD_DIM=head_dim,
-        DIM_PADDED=padded, BLOCK_SIZE=block_size, PARTS=parts, TILE=TILE,
+        DIM_PADDED=max(16, triton.next_power_of_2(head_dim)), BLOCK_SIZE=block_size, PARTS=parts, TILE=TILE,
         SCALES=0 if key_scales is None else key_scales.shape[-1], OVERLAP=overlap, num_warps=4, num_stages=3,
         **launch_options(overlap),
     )  # fmt: skip
-    if parts > 1:
-        _join_kernel[(batch * heads,)](
-            out, part_out, part_max, part_sum, seq_lens, HEADS=heads, HEAD_DIM=head_dim, DIM_PADDED=padded,
-            PARTS=parts, OVERLAP=overlap, num_warps=4, **launch_options(overlap),
-        )  # fmt: skip
     return out
