@@ -21,8 +21,8 @@ from huoyan.planning.graphs import graph_sizes
 if TYPE_CHECKING:
     from huoyan.engine.batch import Batch
     from huoyan.engine.beam_moves import BeamMoves
+    from huoyan.engine.in_flight import Late
     from huoyan.engine.kv_cache import KVCache
-    from huoyan.engine.runner import Late
     from huoyan.models.minicpmv import MiniCPMV
 
 
@@ -119,6 +119,7 @@ class _Graph:
     def replay(self, batch: Batch, late: Late | None, moves: BeamMoves | None = None) -> Tensor:
         self._inputs.fill(self._size, batch, late, moves)
         self._graph.replay()
+        self._inputs.launched()
         return self._hidden
 
     def _forward(self) -> None:
