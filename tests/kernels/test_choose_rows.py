@@ -49,6 +49,10 @@ def test_likeliest(seed: int, device: torch.device, rows: int, vocab: int, dtype
     some, same = (apart(choose(logits, index=index)) for choose in (choose_rows, likeliest_reference))
     assert torch.equal(some[0], ids[index])
     assert torch.equal(some[0], same[0])
+    host = torch.empty(len(got), dtype=torch.int32, pin_memory=device.type == "cuda")
+    again = choose_rows(logits, to_host=host)
+    assert torch.equal(again.cpu(), got.cpu())
+    assert torch.equal(host, got.cpu())
     torch.testing.assert_close(some[1], same[1], atol=1e-5, rtol=1e-5)
 
 

@@ -79,10 +79,11 @@ def _chunk_kernel(
         tl.store(own_ptr + at, tl.max(tl.where(token == chosen, x, float("-inf")), axis=0))
 
 
-@triton.jit
+# Where results lie differs from step to step: a form for each alignment would be compiled while others wait.
+@triton.jit(do_not_specialize=["ids_ptr", "logprobs_ptr", "host_ids_ptr", "host_logprobs_ptr"])
 def _join_kernel(
-    tops_ptr, tokens_ptr, sums_ptr, scores_ptr, drawn_ptr, own_ptr, ids_ptr, logprobs_ptr, parts, vocab,
-    PADDED: tl.constexpr, SCORED: tl.constexpr,
+    tops_ptr, tokens_ptr, sums_ptr, scores_ptr, drawn_ptr, own_ptr, ids_ptr, logprobs_ptr, host_ids_ptr,
+    host_logprobs_ptr, parts, vocab, PADDED: tl.constexpr, SCORED: tl.constexpr, TO_HOST: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     part = tl.arange(0, PADDED)
@@ -103,16 +104,26 @@ def _join_kernel(
         owns = tl.load(own_ptr + at, mask=ok, other=float("-inf"))
         own = tl.max(tl.where(drawn == chosen, owns, float("-inf")), axis=0)
     # Logits that are no numbers give some token, and not one that there is not: the next step looks it up.
-    tl.store(ids_ptr + row, tl.minimum(chosen, vocab - 1).to(tl.int64))
-    tl.store(logprobs_ptr + row, own - shift - tl.log(total))
+    token = tl.minimum(chosen, vocab - 1).to(tl.int64)
+    logprob = own - shift - tl.log(total)
+    tl.store(ids_ptr + row, token)
+    tl.store(logprobs_ptr + row, logprob)
+    if TO_HOST:
+        tl.store(host_ids_ptr + row, token)
+        tl.store(host_logprobs_ptr + row, logprob)
 
 
 def choose_rows(
-    logits: Tensor, draws: Draws | None = None, index: Tensor | None = None, barred: Tensor | None = None
+    logits: Tensor,
+    draws: Draws | None = None,
+    index: Tensor | None = None,
+    barred: Tensor | None = None,
+    to_host: Tensor | None = None,
 ) -> Tensor:
     """int32 [3 R] of rows `index`, int64 [R], of logits [rows, vocab] of any float dtype (None: all of them): the bits
     of R ids (int64), then those of R log-probabilities (float32), so that one copy brings both to the host.
 
+    `to_host`: another int32 [3 R], of memory of the host that the device can write to, which gets the same.
     `barred`: int32 [R, B], tokens that are not to be chosen, filled up with -1; no floor is looked for without them.
     Log-probabilities are those of the logits as they are. Of equal logits the lowest id is the likeliest.
     """
@@ -130,9 +141,16 @@ def choose_rows(
         CHUNK=CHUNK, DRAWS=draws is not None, FLOORS=floors is not None, INDEXED=index is not None,
         BARRED=0 if barred is None else barred.shape[1], num_warps=8,
     )  # fmt: skip
-    ids, logprobs = found[: 2 * rows].view(torch.int64), found[2 * rows :].view(torch.float32)
     _join_kernel[(rows,)](
-        tops, tokens, sums, scores, drawn, own, ids, logprobs, parts, vocab,
-        PADDED=triton.next_power_of_2(parts), SCORED=draws is not None or barred is not None, num_warps=1,
+        tops, tokens, sums, scores, drawn, own, *ids_and_logprobs(found),
+        *ids_and_logprobs(found if to_host is None else to_host), parts, vocab,
+        PADDED=triton.next_power_of_2(parts), SCORED=draws is not None or barred is not None,
+        TO_HOST=to_host is not None, num_warps=1,
     )  # fmt: skip
     return found
+
+
+def ids_and_logprobs(found: Tensor) -> tuple[Tensor, Tensor]:
+    """Of what `choose_rows` gives: int64 [R], float32 [R]."""
+    rows = len(found) // 3
+    return found[: 2 * rows].view(torch.int64), found[2 * rows :].view(torch.float32)
