@@ -49,7 +49,24 @@ def test_likeliest(seed: int, device: torch.device, rows: int, vocab: int, dtype
     some, same = (apart(choose(logits, index=index)) for choose in (choose_rows, likeliest_reference))
     assert torch.equal(some[0], ids[index])
     assert torch.equal(some[0], same[0])
+    host = torch.empty(len(got), dtype=torch.int32, pin_memory=device.type == "cuda")
+    again = choose_rows(logits, to_host=host)
+    assert torch.equal(again.cpu(), got.cpu())
+    assert torch.equal(host, got.cpu())
     torch.testing.assert_close(some[1], same[1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("vocab", [CHUNK - 3, 2 * CHUNK, 2 * CHUNK + 5])
+def test_what_lies_behind_a_row_is_not_its_own(seed: int, device: torch.device, vocab: int) -> None:
+    """Rows of the published head are wider than the vocabulary, and are read several numbers at once."""
+    logits = random_logits(seed, 4, vocab).bfloat16().to(device)
+    wide = torch.full((4, 3 * CHUNK), float("nan"), dtype=torch.bfloat16, device=device)
+    wide[::2, vocab:] = float("inf")
+    wide[:, :vocab] = logits
+    assert torch.equal(choose_rows(wide[:, :vocab]).cpu(), choose_rows(logits).cpu())
+    keys = torch.arange(4, device=device)
+    draws = Draws(torch.tensor([0.5, 0.0, 1.0, 2.0], device=device), keys)
+    assert torch.equal(choose_rows(wide[:, :vocab], draws).cpu(), choose_rows(logits, draws).cpu())
 
 
 @pytest.mark.parametrize("with_draws", [False, True])

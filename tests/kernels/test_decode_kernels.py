@@ -175,6 +175,10 @@ def test_add_rms_norm(seed: int, device: torch.device, width: int, with_residual
     expected, expected_total = add_rms_norm_reference(x, given, weight, 1e-6)
     near(normed, expected, 1e-3)
     assert torch.equal(total, expected_total)
+    out = torch.empty_like(x)
+    elsewhere = add_rms_norm(x, given, weight, 1e-6, out=out)
+    assert elsewhere[0] is out
+    assert all(map(torch.equal, elsewhere, (normed, total)))
     again = add_rms_norm(x, given, weight, 1e-6, over=True)
     assert all(map(torch.equal, again, (normed, total)))
     if with_residual:
@@ -196,6 +200,9 @@ def test_add_rms_norm_of_parts(
     assert normed.dtype == total.dtype == torch.float16
     near(normed, expected, 2e-3)
     near(total, expected_total, 1e-3)
+    out = torch.empty_like(normed)
+    assert add_rms_norm(x, given, weight[0], 1e-6, over=True, out=out)[0] is out
+    assert torch.equal(out, normed)
 
 
 @pytest.mark.parametrize("width", [768, 18944, 100])

@@ -16,6 +16,7 @@ from huoyan.engine import engine as engine_module
 from huoyan.engine.beam_ops_cuda import KernelBeamOps
 from huoyan.engine.config import EngineConfig
 from huoyan.engine.decode_graph import _Graph
+from huoyan.engine.decode_inputs import DecodeInputs
 from huoyan.engine.engine import Engine
 from huoyan.engine.kv_cache import KVCache
 from huoyan.engine.speculation import NgramSpeculation
@@ -58,17 +59,17 @@ def test_the_fused_path(seed: int, name: str, monkeypatch: pytest.MonkeyPatch) -
 class ReplayedHere(_Graph):
     """A graph whose replay computes it anew: all but the capture is as on a GPU, inputs and their corrections too."""
 
-    def __init__(self, model: MiniCPMV, cache: KVCache, hidden: Tensor, inputs: Tensor) -> None:
-        self._model, self._cache, self._hidden, self._inputs = model, cache, hidden, inputs
-        self._host = torch.zeros(inputs.shape, dtype=torch.int32)
-        self._host[:, 2], self._host[:, 3] = -1, 1
-        self._rows = self._host.numpy()
-        self._inputs.copy_(self._host)
-        self._graph = SimpleNamespace(replay=self._forward, pool=lambda: (0, 0))  # type: ignore[assignment]
-        self._copied = SimpleNamespace(synchronize=lambda: None, record=lambda: None)  # type: ignore[assignment]
+    def __init__(
+        self, model: MiniCPMV, cache: KVCache, hidden: Tensor, inputs: DecodeInputs, size: int
+    ) -> None:
+        here = SimpleNamespace(replay=self._forward, pool=lambda: (0, 0))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.cuda, "CUDAGraph", lambda: here)
+            super().__init__(model, cache, hidden, inputs, size)
 
     def capture(self, pool: tuple[int, int] | None) -> None:
-        pass
+        self._inputs.clear(self._size)
+        self._forward()
 
 
 class StepReplayedHere(step_graph._Graph):

@@ -11,6 +11,8 @@ from huoyan.engine import segments
 from huoyan.layers import blocks
 from huoyan.models import resampler
 from huoyan.planning.pieces import mlp_rows, up_columns
+from tests.models.small import small_model
+from tests.models.test_forward import causal
 
 
 @pytest.mark.parametrize("rows", [3, 8, 9, 25])
@@ -29,6 +31,18 @@ def test_projecting_over_what_is_projected(rows: int, seed: int, monkeypatch: py
     given = x.clone()
     torch.testing.assert_close(attention.project(1, given, over=True), want)
     assert torch.equal(given, x), "gradients need it"
+
+
+@torch.inference_mode()
+def test_a_decoder_writes_over_what_it_was_given(seed: int) -> None:
+    """As graphs of steps have it; int32 as theirs are."""
+    model = small_model(seed)
+    ids = torch.randint(0, 50, (9,), generator=torch.Generator().manual_seed(seed)).int()
+    x, positions = model.embed(ids), torch.arange(9, dtype=torch.int32)
+    assert torch.equal(x, model.embed(ids.long()))
+    want = model.decoder(x, positions, causal)
+    assert model.decoder(x, positions, causal, out=x) is x
+    assert torch.equal(x, want)
 
 
 @pytest.mark.parametrize(("rows", "some"), [(7, 3), (9, 3), (5, 8)])

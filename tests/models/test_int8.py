@@ -83,6 +83,7 @@ def test_embedding(seed: int) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         got = Int8Embedding(weight, dtype)(ids)
         assert torch.equal(got, weight.dequantize()[ids].to(dtype))
+        assert torch.equal(got, Int8Embedding(weight, dtype)(ids.int()))
 
 
 @pytest.mark.parametrize("tables", [(HEAD,), (EMBEDDING,), (HEAD, EMBEDDING)])

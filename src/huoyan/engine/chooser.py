@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 
 from huoyan.engine.answer import ChosenToken
+from huoyan.engine.barred_tokens import BarredTokens
 from huoyan.engine.noise import mix
 from huoyan.engine.plain_draws import PlainDraws
 from huoyan.engine.plain_tokens import PlainTokens, chooses_by_kernel
@@ -96,6 +97,7 @@ class Chooser:
         device_beams: DeviceBeams | None = None,
     ) -> None:
         self._draws = PlainDraws(seed)
+        self._barred = BarredTokens()
         self._device_beams = device_beams
         self._vocab_size = vocab_size
         self._grammars = GrammarCompiler(tokenizer, vocab_size, stop_token_ids)
@@ -140,7 +142,7 @@ class Chooser:
             some, scattered = _where([rows[group][0] for group in plain], logits)
             sequences = [group.sequences[0] for group in plain]
             how = self._draws.draws(some, scattered, sequences) if draws else None
-            choice.tokens.append(PlainTokens(some, how, scattered, _barred(sequences, logits.device)))
+            choice.tokens.append(PlainTokens(some, how, scattered, self._barred.of(sequences, logits.device)))
             choice.sampled = dict.fromkeys(plain, 1)
             if len(plain) == len(rows):
                 return choice
@@ -298,23 +300,6 @@ def _pick(logits: Tensor, index: list[int]) -> Tensor:
     """Rows `index` of the logits: where they stand together, as they are."""
     some, scattered = _where(index, logits)
     return some if scattered is None else some[scattered]
-
-
-def _barred(sequences: list[Sequence], device: torch.device) -> Tensor | None:
-    """int32 [sequences, most]: what each may not say before its `min_tokens`, filled up with -1; None for nothing."""
-    held = [
-        tuple(seq.answer.rules.held_back)
-        if seq.group.takes_likeliest_but and seq.num_outputs - 1 < seq.group.params.min_tokens
-        else ()
-        for seq in sequences
-    ]
-    # A power of two, so that the kernel has few forms.
-    most = max(map(len, held))
-    if not most:
-        return None
-    width = 1 << (most - 1).bit_length()
-    table = torch.tensor([[*ids, *[-1] * (width - len(ids))] for ids in held], dtype=torch.int32)
-    return to_device(table, device)
 
 
 def _where(index: list[int], logits: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -10,22 +10,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from huoyan.engine.attention_cuda import CudaAttention
+from huoyan.engine.decode_inputs import DecodeInputs
 from huoyan.engine.graph_stream import run_and_capture
-from huoyan.engine.rotated_attention import RotatedAttention
-from huoyan.kernels.paged_decode import paged_decode
 from huoyan.planning.graphs import graph_sizes
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from huoyan.engine.batch import Batch
     from huoyan.engine.beam_moves import BeamMoves
+    from huoyan.engine.in_flight import Late
     from huoyan.engine.kv_cache import KVCache
-    from huoyan.engine.runner import Late
     from huoyan.models.minicpmv import MiniCPMV
 
 
@@ -42,15 +39,12 @@ class DecodeGraphs:
         self._model = model
         self._cache = cache
         self._sizes = graph_sizes(max_num_seqs)
-        self._max_blocks = -(-max_model_len // cache.block_size)
         self._pool = pool
         # One for all sizes: each graph's own would stay with it.
         self._hidden = torch.empty(
             self._sizes[-1], model.config.text.hidden_size, dtype=model.dtype, device=cache.device
         )
-        self._inputs = torch.empty(
-            self._sizes[-1], 4 + self._max_blocks, dtype=torch.int32, device=cache.device
-        )
+        self._inputs = DecodeInputs(self._sizes[-1], -(-max_model_len // cache.block_size), cache.device)
         self._graphs: dict[int, _Graph] = {}
         self._wanted: dict[int, int] = {}
         """How often a size without a graph was needed."""
@@ -93,7 +87,7 @@ class DecodeGraphs:
             self._capture(size)
 
     def _capture(self, size: int) -> None:
-        graph = _Graph(self._model, self._cache, self._hidden[:size], self._inputs[:size])
+        graph = _Graph(self._model, self._cache, self._hidden[:size], self._inputs, size)
         graph.capture(self._pool)
         self._pool = graph.pool
         self._graphs[size] = graph
@@ -102,77 +96,32 @@ class DecodeGraphs:
 class _Graph:
     """One captured batch size, whose inputs and states stay where they are."""
 
-    def __init__(self, model: MiniCPMV, cache: KVCache, hidden: Tensor, inputs: Tensor) -> None:
-        """`hidden`: [size, hidden], where a replay leaves the states. `inputs`: int32 [size, 4 + blocks], one row a
-        sequence: token, position, slot, length, then its blocks."""
+    def __init__(
+        self, model: MiniCPMV, cache: KVCache, hidden: Tensor, inputs: DecodeInputs, size: int
+    ) -> None:
+        """`hidden`: [size, hidden], where a replay leaves the states."""
         self._model = model
-        self._cache = cache
         self._hidden = hidden
         self._inputs = inputs
-        # One copy fills them all.
-        host = torch.zeros(inputs.shape, dtype=torch.int32)
-        host[:, 2], host[:, 3] = -1, 1
-        self._host = host.pin_memory()
-        self._rows: NDArray[np.int32] = self._host.numpy()
-        self._inputs.copy_(self._host)
+        self._size = size
+        self._tensors = inputs.tensors(size)
+        self._attend = CudaAttention(model, cache, self._tensors.step)
         self._graph = torch.cuda.CUDAGraph()
-        self._copied = torch.cuda.Event()
 
     @property
     def pool(self) -> Any:
         return self._graph.pool()
 
     def capture(self, pool: Any) -> None:
-        run_and_capture(self._graph, self._forward, pool, self._cache.device)
+        self._inputs.clear(self._size)
+        run_and_capture(self._graph, self._forward, pool, self._hidden.device)
 
     def replay(self, batch: Batch, late: Late | None, moves: BeamMoves | None = None) -> Tensor:
-        count = len(batch.chunks)
-        # The last copy must have read the host's rows before they change.
-        self._copied.synchronize()
-        rows = self._rows
-        rows[:count, 0], rows[:count, 1] = batch.token_ids, batch.positions
-        rows[:count, 2], rows[:count, 3] = batch.slot_mapping, batch.seq_lens
-        blocks = batch.block_tables.shape[1]
-        rows[:count, 4 : 4 + blocks] = batch.block_tables
-        rows[count:, 2], rows[count:, 3] = -1, 1
-        self._inputs.copy_(self._host, non_blocking=True)
-        self._copied.record()
-        if late is not None:
-            which, ids = late
-            if which is None:
-                self._inputs[: len(ids), 0].copy_(ids)
-            else:
-                self._inputs[:, 0].index_copy_(0, which, ids.to(torch.int32))
-        if moves is not None:
-            tokens, positions, slots = self._inputs[:, :3].unbind(1)
-            moves.apply(tokens, positions, slots, self._inputs[:, 4:])
+        self._inputs.fill(self._size, batch, late, moves)
         self._graph.replay()
+        self._inputs.launched()
         return self._hidden
 
     def _forward(self) -> None:
-        tokens, positions = self._inputs[:, 0].long(), self._inputs[:, 1].long()
-        attend = _GraphAttention(self._model, self._cache, self._inputs)
-        x = self._model.embed(tokens)
-        self._hidden.copy_(self._model.decoder(x, positions, attend))
-
-
-class _GraphAttention(RotatedAttention):
-    """See `huoyan.models.qwen2.FusedAttend`: every row is a decode."""
-
-    def __init__(self, model: MiniCPMV, cache: KVCache, inputs: Tensor) -> None:
-        super().__init__(model, cache)
-        self._positions, self._slots, self._lengths = (inputs[:, i].contiguous() for i in (1, 2, 3))
-        self._blocks = inputs[:, 4:]
-
-    def rotate_and_attend(self, layer: int, qkv: Tensor, bias: Tensor | None) -> Tensor:
-        rows = self._rotate(layer, qkv, bias, self._positions, self._slots)
-        keys, values = self._cache.layer(layer)
-        return paged_decode(
-            rows[:, : self._heads],
-            keys.typed,
-            values.typed,
-            self._blocks,
-            self._lengths,
-            keys.scales,
-            values.scales,
-        ).flatten(1)
+        x = self._model.embed(self._tensors.tokens)
+        self._model.decoder(x, self._tensors.step.positions, self._attend, out=self._hidden)

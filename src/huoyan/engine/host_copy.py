@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections import deque
+from threading import Lock
+
 import torch
 from torch import Tensor
+
+_in_writing: deque[tuple[torch.cuda.Event, Tensor]] = deque()
+_lock = Lock()
 
 
 class HostCopy:
@@ -24,8 +30,28 @@ class HostCopy:
         else:
             self._tensors = tensors
 
+    @classmethod
+    def written(cls, tensor: Tensor, device: torch.device) -> HostCopy:
+        """What kernels ordered so far write into `tensor` themselves, on a CPU; pinned where `device` is CUDA."""
+        found = cls()
+        found._tensors = (tensor,)
+        if device.type == "cuda":
+            found._event = torch.cuda.Event()
+            found._event.record()
+            _hold(found._event, tensor)
+        return found
+
     def read(self) -> tuple[Tensor, ...]:
         """The tensors, on a CPU where they come from CUDA."""
         if self._event is not None:
             self._event.synchronize()
         return self._tensors
+
+
+def _hold(event: torch.cuda.Event, tensor: Tensor) -> None:
+    """Keep `tensor` until the event: torch knows which copies go on in pinned memory, but of no kernel that writes
+    there, and would give the memory away when nobody reads what comes, as of a request that was aborted."""
+    with _lock:
+        while _in_writing and _in_writing[0][0].query():
+            _in_writing.popleft()
+        _in_writing.append((event, tensor))

@@ -6,15 +6,28 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Several
 
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from huoyan.engine.chooser import Choice
     from huoyan.engine.sequence import Group, Sequence
+
+
+@dataclass(frozen=True)
+class Late:
+    """Tokens of a batch that only the device knows."""
+
+    rows: NDArray[np.int64] | None
+    """[N] whose they are; None: the batch's first N."""
+    places: NDArray[np.int64] | None
+    """[N] where each stands in `ids`; None: they are all of these, in order."""
+    ids: Tensor
+    """int64, on the device."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +63,11 @@ class InFlight:
         assert ids is not None
         return ids[self.rows[sequence]]
 
-    def tokens(self, sequences: Several[Sequence]) -> Tensor:
-        """int64 [sequences], on the device."""
+    def late(self, sequences: Several[Sequence], rows: NDArray[np.int64] | None) -> Late:
+        """The tokens of `sequences`, which are `rows` of a batch (None: its first)."""
         ids = self.choice.token_ids
         assert ids is not None
-        if sequences == self.order:
-            # As in most steps: nobody came or went.
-            return ids
-        return ids[torch.tensor([self.rows[seq] for seq in sequences]).to(ids.device, non_blocking=True)]
+        # As in most steps: nobody came or went.
+        same = sequences == self.order
+        places = None if same else np.array([self.rows[seq] for seq in sequences], np.int64)
+        return Late(rows, places, ids)

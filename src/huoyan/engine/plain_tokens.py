@@ -42,11 +42,14 @@ class PlainTokens:
         if draws is not None or barred is not None or chooses_by_kernel(logits):
             from huoyan.kernels.choose_rows import choose_rows
 
-            found = choose_rows(logits, draws, index, barred)
+            # Written there by the kernel: a copy between kernels would hold up what comes next.
+            seen = torch.empty(3 * self._rows, dtype=torch.int32, pin_memory=logits.is_cuda)
+            found = choose_rows(logits, draws, index, barred, seen)
+            self._copy = HostCopy.written(seen, logits.device)
         else:
             found = likeliest_reference(logits, index)
+            self._copy = HostCopy(found)
         self.ids = found[: 2 * self._rows].view(torch.int64)
-        self._copy = HostCopy(found)
 
     def read(self) -> list[ChosenToken]:
         """Waits until they are chosen."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from huoyan.engine.decode_graph import DecodeGraphs
     from huoyan.engine.device_beams import DeviceBeams
     from huoyan.engine.graph_memory import GraphMemory
-    from huoyan.engine.in_flight import InFlight
+    from huoyan.engine.in_flight import InFlight, Late
     from huoyan.engine.kv_cache import KVCache
     from huoyan.engine.picture_cache import PictureCache
     from huoyan.engine.schedule import Chunk, Schedule
@@ -32,9 +32,6 @@ if TYPE_CHECKING:
     from huoyan.media.types import PreparedPicture
     from huoyan.models.minicpmv import MiniCPMV
     from huoyan.models.qwen2 import Attend
-
-Late: TypeAlias = "tuple[Tensor | None, Tensor]"
-"""Rows of a batch whose tokens only the device knows, and these, int64 [N] each; None: the first N rows."""
 
 
 @dataclass
@@ -155,7 +152,7 @@ class Runner:
             return ForwardOutput(batch.sampling, logits if in_order else logits[self._to_device(wanted)])
         token_ids = self._to_device(batch.token_ids)
         if late is not None:
-            token_ids = _with_late(token_ids, *late)
+            token_ids = self._with_late(token_ids, late)
         # Beams' tokens are to be right before they are embedded.
         prepared = self._step_graphs.prepare(batch) if self._step_graphs is not None else None
         attention = None if prepared is not None else self._attention(batch, token_ids, moves)
@@ -179,16 +176,23 @@ class Runner:
         return out
 
     def _late(self, batch: Batch, before: InFlight | None) -> Late | None:
-        """The batch's sampled tokens that only the device knows: their rows and their ids."""
+        """The batch's sampled tokens that only the device knows."""
         sequences = [s for s in batch.in_flight if s is not None and not s.group.advances_on_device]
         if not sequences:
             return None
         assert before is not None
         if sequences == batch.in_flight:
-            return None, before.tokens(sequences)
+            return before.late(sequences, None)
         late = set(sequences)
         rows = [row for row, seq in enumerate(batch.in_flight) if seq in late]
-        return self._to_device(np.array(rows, np.int64)), before.tokens(sequences)
+        return before.late(sequences, np.array(rows, np.int64))
+
+    def _with_late(self, token_ids: Tensor, late: Late) -> Tensor:
+        """`token_ids` [T] with those of some rows put in."""
+        ids = late.ids if late.places is None else late.ids[self._to_device(late.places)]
+        if late.rows is None:
+            return torch.cat([ids, token_ids[len(ids) :]])
+        return token_ids.index_copy(0, self._to_device(late.rows), ids)
 
     def _attention(self, batch: Batch, token_ids: Tensor, moves: BeamMoves | None = None) -> Attend:
         """`token_ids`, int64 [T] on the device, are changed where `moves` has to."""
@@ -230,10 +234,3 @@ class Runner:
 
     def _to_device(self, array: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> Tensor:
         return to_device(torch.from_numpy(array), self.device)
-
-
-def _with_late(token_ids: Tensor, rows: Tensor | None, ids: Tensor) -> Tensor:
-    """`token_ids` [T] with those of some rows put in: see `Late`."""
-    if rows is None:
-        return torch.cat([ids, token_ids[len(ids) :]])
-    return token_ids.index_copy(0, rows, ids)

@@ -202,4 +202,4 @@ class _Graph:
         return self._x[:count]
 
     def _forward(self) -> None:
-        self._x.copy_(self._model.decoder(self._x, self.tensors.positions, self._attend))
+        self._model.decoder(self._x, self.tensors.positions, self._attend, out=self._x)

@@ -50,22 +50,30 @@ def _kernel(
 
 
 def add_rms_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, *, over: bool = False
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    *,
+    over: bool = False,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(rms_norm(x + residual) * weight, x + residual) for x, residual [T, width], contiguous.
 
     x may be float32 parts [S, T, width], whose sum is meant, rounded to weight's dtype. Without a residual the second
     result is x itself. `over`, where there is a residual and there are no parts: the first is written over x, the sum
-    over the residual.
+    over the residual. `out`: [T, width], contiguous, in weight's dtype, where the first goes instead; it may be x.
     """
     parts = x.shape[0] if x.dim() == 3 else 0
     rows, width = x.shape[-2:]
     if over and residual is not None and not parts and x.dtype == residual.dtype == weight.dtype:
         # Each program has read its row before it writes.
-        normed, total = x, residual
+        normed, total = x if out is None else out, residual
     else:
-        normed = torch.empty((rows, width), dtype=weight.dtype, device=x.device)
-        total = x if residual is None and not parts else torch.empty_like(normed)
+        shape, dtype = (rows, width), weight.dtype
+        normed = torch.empty(shape, dtype=dtype, device=x.device) if out is None else out
+        keeps_x = residual is None and not parts
+        total = x if keeps_x else torch.empty(shape, dtype=dtype, device=x.device)
     block = triton.next_power_of_2(width)
     overlap = x.is_cuda and overlaps()
     _kernel[(rows,)](

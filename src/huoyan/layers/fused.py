@@ -16,13 +16,15 @@ def add_norm(
     residual: Tensor | None,
     over: bool = False,
     added: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(norm(x + residual), x + residual) for [T, width]; without a residual the second is x.
 
     On CUDA, before an RMS norm, x may be float32 parts, [S, T, width], whose sum is meant. Before a layer norm the sum
     is written over the residual, and on CUDA the norm over x, where nothing is to be differentiated: of the encoder's
     patches there are many. `over`: of an RMS norm of many rows the same, where nobody reads x and residual again.
-    `added`: before a layer norm with a residual, a bias [width] that x still lacks.
+    `added`: before a layer norm with a residual, a bias [width] that x still lacks. `out`: of an RMS norm, [T, width]
+    where the first goes; nothing is to be differentiated then.
     """
     if _use_kernel(x):
         if isinstance(norm, LayerNorm):
@@ -32,14 +34,16 @@ def add_norm(
         from huoyan.kernels.add_rms_norm import add_rms_norm
 
         over = over and x.dim() == 2 and len(x) > FEW_ROWS and not torch.is_grad_enabled()
-        return add_rms_norm(x, residual, norm.weight, norm.eps, over=over)
+        return add_rms_norm(x, residual, norm.weight, norm.eps, over=over, out=out)
     if added is not None:
         x = x + added
     if residual is None:
-        return norm(x), x
-    in_place = isinstance(norm, LayerNorm) and not torch.is_grad_enabled()
-    total = residual.add_(x) if in_place else x + residual
-    return norm(total), total
+        total = x
+    else:
+        in_place = isinstance(norm, LayerNorm) and not torch.is_grad_enabled()
+        total = residual.add_(x) if in_place else x + residual
+    normed = norm(total)
+    return (normed if out is None else out.copy_(normed)), total
 
 
 def silu_mul(gate_up: Tensor, dtype: torch.dtype | None = None) -> Tensor:

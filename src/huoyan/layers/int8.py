@@ -115,5 +115,7 @@ class Int8Embedding(nn.Module):
         self.register_buffer("scales", weight.scales)
 
     def forward(self, token_ids: Tensor) -> Tensor:
-        rows: Tensor = self.q[token_ids].float() * self.scales[token_ids].unsqueeze(-1)
+        # Indexing with brackets would make int32 ids int64 first, twice.
+        q, scales = (table.index_select(0, token_ids) for table in (self.q, self.scales))
+        rows: Tensor = q.float() * scales.unsqueeze(-1)
         return rows.to(self.dtype)

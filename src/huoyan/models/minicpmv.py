@@ -82,14 +82,14 @@ class MiniCPMV(nn.Module):
         return out
 
     def embed(self, token_ids: Tensor) -> Tensor:
-        """[T] -> [T, hidden]."""
+        """Integers [T] -> [T, hidden]."""
         out: Tensor = self.llm.model.embed_tokens(token_ids)
         return out
 
-    def decoder(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """x [T, hidden] at positions [T] -> normed hidden states [T, hidden]."""
-        out: Tensor = self.llm.model(x, positions, attend)
-        return out
+    def decoder(self, x: Tensor, positions: Tensor, attend: Attend, out: Tensor | None = None) -> Tensor:
+        """x [T, hidden] at positions [T] -> normed hidden states [T, hidden]; `out`: see `Decoder`."""
+        hidden: Tensor = self.llm.model(x, positions, attend, out)
+        return hidden
 
     def head(self, hidden: Tensor) -> Tensor:
         """[B, hidden] -> logits [B, vocab]: float32 where the kernel of few rows makes them so, else as wide as the

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol, cast
+from typing import Protocol, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,15 @@ class FusedAttend(Attend, Protocol):
     def rotate_and_attend(self, layer: int, qkv: Tensor, bias: Tensor | None) -> Tensor: ...
 
 
+def rotates(attend: Attend) -> TypeGuard[FusedAttend]:
+    """Whether attention rotates queries and keys itself."""
+    return hasattr(attend, "rotate_and_attend")
+
+
+Turns: TypeAlias = "tuple[Tensor, Tensor] | None"
+"""Cosines and sines of each token's position, see `RotaryTable.lookup`; None where attention rotates."""
+
+
 class Attention(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -45,17 +54,15 @@ class Attention(nn.Module):
         self.qkv_proj = Linear(config.hidden_size, (q, kv, kv), bias=True)
         self.o_proj = Linear(q, (config.hidden_size,), bias=False)
 
-    def forward(
-        self, layer: int, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, over: bool = False
-    ) -> Tensor:
+    def forward(self, layer: int, x: Tensor, turns: Turns, attend: Attend, over: bool = False) -> Tensor:
         """`over`: x [T, hidden] may be written over."""
-        if hasattr(attend, "rotate_and_attend"):
-            bias = self.qkv_proj.bias
-            fused = cast(FusedAttend, attend).rotate_and_attend(layer, self.qkv_proj.parts(x), bias)
+        if turns is None:
+            assert rotates(attend)
+            fused = attend.rotate_and_attend(layer, self.qkv_proj.parts(x), self.qkv_proj.bias)
             return self.o_proj.parts(fused, x if over else None)
         qkv: Tensor = self.qkv_proj(x)
         heads = qkv.unflatten(-1, (-1, self.head_dim))
-        rotated = apply_rope(heads[:, : self.heads + self.kv_heads], cos, sin)
+        rotated = apply_rope(heads[:, : self.heads + self.kv_heads], *turns)
         q, k = rotated.split((self.heads, self.kv_heads), dim=1)
         v = heads[:, self.heads + self.kv_heads :]
         out: Tensor = self.o_proj(attend(layer, q, k, v).flatten(1))
@@ -97,13 +104,13 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, layer: int, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, attend: Attend
+        self, layer: int, x: Tensor, residual: Tensor | None, turns: Turns, attend: Attend
     ) -> tuple[Tensor, Tensor]:
         """Returns (the layer's last addition, the stream it is to be added to): the next norm adds them."""
         # The first layer's are its caller's.
         own = layer > 0
         x, residual = add_norm(self.input_layernorm, x, residual, own)
-        x = self.self_attn(layer, x, cos, sin, attend, over=True)
+        x = self.self_attn(layer, x, turns, attend, over=True)
         x, residual = add_norm(self.post_attention_layernorm, x, residual, own)
         return self.mlp(x, over=True), residual
 
@@ -116,12 +123,14 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = RotaryTable(config.head_dim, config.rope_theta, config.max_position_embeddings)
 
-    def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        cos, sin = self.rotary.lookup(positions)
+    def forward(self, x: Tensor, positions: Tensor, attend: Attend, out: Tensor | None = None) -> Tensor:
+        """`out`: [T, hidden] where the result goes, which may be x itself."""
+        turns = None if rotates(attend) else self.rotary.lookup(positions)
         residual: Tensor | None = None
         for i, layer in enumerate(self.layers):
-            x, residual = layer(i, x, residual, cos, sin, attend)
-        return add_norm(self.norm, x, residual)[0]
+            # The first one's residual is x; from its second norm on the stream is a tensor of its own.
+            x, residual = layer(i, x, residual, turns, attend)
+        return add_norm(self.norm, x, residual, out=out)[0]
 
 
 class Qwen2(nn.Module):

@@ -72,6 +72,12 @@ def step_graph_sizes(most_tokens: int, most_seqs: int) -> tuple[list[StepGraphSi
     )
 
 
+def decode_graph_inputs(rows: int, most_blocks: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Shapes of what graphs of up to `rows` decodes read, int32: (tokens, positions, slots and lengths, blocks). The
+    first four are filled up to lines of memory, so that each begins where kernels read several numbers at once."""
+    return (4, -(-rows // 32) * 32), (rows, most_blocks)
+
+
 def step_graph_inputs(sizes: list[StepGraphSize], most_blocks: int) -> tuple[int, tuple[int, int]]:
     """Integers that such graphs read: (those that describe a step, rows and blocks of its tables)."""
     rows = max(size.decodes + size.chunks for size in sizes)

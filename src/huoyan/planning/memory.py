@@ -15,6 +15,7 @@ from huoyan.planning.driver import GRAPH_DRIVER, context_bytes
 from huoyan.planning.graphs import (
     STEP_GRAPH_TOKENS,
     captured_rows,
+    decode_graph_inputs,
     graph_sizes,
     step_graph_inputs,
     step_graph_sizes,
@@ -165,8 +166,8 @@ def graph_bytes(config: ModelConfig, engine: EngineConfig, way: Way, limits: Lim
     few, mixed = step_graph_sizes(limits.tokens, limits.seqs)
     blocks = -(-limits.context // limits.block_size)
     numbers, tables = step_graph_inputs([*few, *mixed], blocks)
-    # Token, position, slot, length and blocks of every row of a decode; what describes a step with prompts.
-    inputs = 4 * ((4 + blocks) * sizes[-1] + numbers + tables[0] * tables[1])
+    shapes = (*decode_graph_inputs(sizes[-1], blocks), (1, numbers), tables)
+    inputs = sum(4 * prod(shape) for shape in shapes)
     # What runs on the step's stream shares a pool, and what goes in and comes out.
     shared = max(
         captured(config, way, limits, sizes[-1]),

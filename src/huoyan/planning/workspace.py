@@ -258,9 +258,9 @@ def _decoder(config: ModelConfig, way: Way, limits: Limits, *, graph: bool = Fal
     H, I = text.hidden_size, text.intermediate_size
     A, K = _widths(config)
     # Embeddings, the layer's two inputs, the residual stream, its norm, where these are not written over the inputs;
-    # cosines and sines.
+    # cosines and sines where attention does not rotate.
     over = way.kernels and T > FEW_ROWS
-    base = T * ((3 if over else 5) * H * e + text.head_dim * 4)
+    base = T * ((3 if over else 5) * H * e + (0 if way.kernels else text.head_dim * 4))
     wide = 4 if way.cuda else 1
     # What comes in: x and residual of before, their sum, its norm and, off CUDA, float32 in between.
     norm = T * (2 * H * e + (0 if way.cuda else 3 * H * 4))
@@ -292,8 +292,8 @@ def _decoder(config: ModelConfig, way: Way, limits: Limits, *, graph: bool = Fal
         down = some * ((2 if way.cuda else 1) * I + (0 if over else H)) * e + _int4(way, some, H, I)
         mlp = max(gate_up, silu, down)
     qkv = T * (A + 2 * K) * e + _int4(way, T, A + 2 * K, H)
-    # A graph's inputs are counted beside it; it makes them int64, and contiguous.
-    index = 64 * T if graph else _index(limits, way)
+    # A graph's inputs are counted beside it.
+    index = 0 if graph else _index(limits, way)
     return base + max(norm, qkv, attention, o_proj, mlp) + index + wide * MIB // 4
 
 

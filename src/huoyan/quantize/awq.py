@@ -82,12 +82,12 @@ class LayerInputs:
         self.lengths = list(lengths)
         self._rotary = rotary
         positions = torch.cat([torch.arange(n) for n in lengths]).to(x.device)
-        self.cos, self.sin = rotary.lookup(positions)
+        self.turns = rotary.lookup(positions)
         self.attend = CausalAttention(lengths)
 
     def run(self, layer: DecoderLayer) -> Tensor:
         """The layer's outputs [T, hidden]."""
-        out, residual = layer(0, self.x, None, self.cos, self.sin, self.attend)
+        out, residual = layer(0, self.x, None, self.turns, self.attend)
         if out.dim() == 3:
             # Of few tokens on a GPU the MLP leaves parts to be summed: see `Linear.parts`.
             out = out.sum(0).to(residual.dtype)
@@ -165,7 +165,7 @@ def _search_scales(
         scale, exponents["qkv"] = best_scale(
             attention.qkv_proj.weight,
             normed,
-            lambda: attention(0, normed_few, few.cos, few.sin, few.attend),
+            lambda: attention(0, normed_few, few.turns, few.attend),
         )
         attention.qkv_proj.weight.mul_(scale)
         layer.input_layernorm.weight.div_(scale)
@@ -208,7 +208,7 @@ def spread(x: Tensor, count: int) -> Tensor:
 
 
 def _attend(layer: DecoderLayer, inputs: LayerInputs) -> Tensor:
-    out: Tensor = layer.self_attn(0, layer.input_layernorm(inputs.x), inputs.cos, inputs.sin, inputs.attend)
+    out: Tensor = layer.self_attn(0, layer.input_layernorm(inputs.x), inputs.turns, inputs.attend)
     return out
 
 
