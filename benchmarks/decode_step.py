@@ -30,7 +30,7 @@ import torch
 
 from full_size import write_folder
 from huoyan import LLM
-from huoyan.kernels import dense_matmul, int4_matmul, wide_matmul
+from huoyan.kernels import dense_matmul, int4_cuts, int4_matmul, wide_matmul
 
 Cut = Any
 """A `Tuning` of one of the kernels."""
@@ -122,7 +122,7 @@ def candidates(product: str, sequences: int, int4: bool) -> Iterator[Cut]:
     """Cuts worth a try, of steps of up to so many sequences."""
     many = 1 if product == "gate_up" else 0
     if int4 and sequences <= 16:
-        cut = int4_matmul.Tuning
+        cut = int4_cuts.Tuning
         splits = (1,) if many else (14, 13, 11, 9, 7) if product == "down" else (7, 5, 4)
         for split, (n, warps), stages, prefetch in itertools.product(
             splits, ((128, 4), (64, 4)), (4, 3, 5), (4, 8)
@@ -137,14 +137,14 @@ def candidates(product: str, sequences: int, int4: bool) -> Iterator[Cut]:
             splits, ((64, 4), (128, 8), (128, 4)), (2, 3, 4), (4, 0)
         ):
             for wave, tail in ((2 if n == 128 else 4, 4), (0, 1)) if many else ((0, 1),):
-                yield int4_matmul.Tuning(
+                yield int4_cuts.Tuning(
                     n, split, warps, stages, prefetch, block_m=rows, scaled=True, tiles=True, wave=wave, tail=tail,
                     registers=128 if rows == 128 and warps == 8 else None,
                 )  # fmt: skip
     elif sequences <= 16:
-        splits = (1,) if many else (8, 7, 6, 5, 4) if product == "down" else (7, 4, 3, 2, 1)
+        splits = (1,) if many else (10, 8, 6, 4) if product == "down" else (7, 4, 2)
         for split, (n, warps), k, stages, prefetch in itertools.product(
-            splits, ((64, 4), (128, 4), (128, 8)), (128, 64), (3, 4, 6), (4, 8, 0)
+            splits, ((64, 4), (128, 4), (128, 8)), (128, 64) if many else (128,), (3, 4, 6), (4, 8)
         ):
             if n * k * 2 * stages * (1 + many) <= 200_000:
                 yield dense_matmul.Tuning(n, split, warps, stages, prefetch, k)
@@ -169,9 +169,8 @@ class Cuts:
             self._replace(module, shape_at)
         chosen = wide_matmul.choose
 
-        def choose_wide(rows: int, n: int, gated: bool, processors: int) -> Cut:
-            own = self.by_shape.get((2 * n, 3584) if gated else (n, 18944))
-            return own or chosen(rows, n, gated, processors)
+        def choose_wide(rows: int, n: int, k: int, gated: bool, processors: int) -> Cut:
+            return self.by_shape.get((2 * n if gated else n, k)) or chosen(rows, n, k, gated, processors)
 
         wide_matmul.choose = choose_wide
 
@@ -201,8 +200,7 @@ def search(
     best, kept = float(len(sequences)), {}
     for name in products:
         tried = list(candidates(name, max(sequences), int4))
-        if int4:
-            compile_ahead(steps, name, max(sequences), tried)
+        compile_ahead(steps, name, max(sequences), tried)
         for cut in tried:
             if time.monotonic() - begun > seconds:
                 print("out of time", flush=True)
@@ -241,7 +239,14 @@ def compile_ahead(steps: Steps, name: str, rows: int, cuts: list[Cut]) -> None:
 
     def one(cut: Cut) -> None:
         try:
-            int4_matmul.compile_ahead(x, layer.packed, layer.meta, parts=not gated, gated=gated, tuning=cut)
+            if isinstance(cut, int4_cuts.Tuning):
+                int4_matmul.compile_ahead(
+                    x, layer.packed, layer.meta, parts=not gated, gated=gated, tuning=cut
+                )
+            elif isinstance(cut, dense_matmul.Tuning):
+                dense_matmul.dense_matmul(x, layer.weight, gated=gated, parts=not gated, tuning=cut)
+            else:
+                wide_matmul.wide_matmul(x, layer.weight, gated=gated, tuning=cut)
         except Exception:  # said when it is tried
             return
 

@@ -17,7 +17,7 @@ import json
 import torch
 
 from device_time import time_us
-from huoyan.kernels import dense_matmul, int4_matmul, wide_matmul
+from huoyan.kernels import dense_matmul, int4_matmul, int4_words, wide_matmul
 from huoyan.kernels.silu_mul import silu_mul
 
 SHAPES = {
@@ -38,10 +38,10 @@ class Int4:
         self.n, self.k, self.way = SHAPES[name]
         copies = max(2, int(_ROTATED_BYTES / (self.n * self.k / 2)))
         q = torch.randint(0, 16, (self.n, self.k), dtype=torch.uint8, device="cuda")
-        self.words = [int4_matmul.pack_words(q).roll(i, 0) for i in range(copies)]
+        self.words = [int4_words.pack_words(q).roll(i, 0) for i in range(copies)]
         scales = torch.rand(self.n, self.k // GROUP, device="cuda") * 0.01
         zeros = torch.randint(0, 16, (self.n, self.k // GROUP), device="cuda")
-        self.meta = int4_matmul.pack_meta(scales, zeros, torch.float16)
+        self.meta = int4_words.pack_meta(scales, zeros, torch.float16)
         self.moved = self.n * self.k / 2 + 4 * self.n * self.k / GROUP
         self.dtype = torch.float16
 

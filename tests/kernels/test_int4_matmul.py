@@ -8,13 +8,11 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from huoyan.kernels.int4_matmul import (
-    Tuning,
-    choose,
-    dequantize,
+from huoyan.kernels.int4_cuts import Tuning, choose, takes
+from huoyan.kernels.int4_matmul import int4_matmul, int4_matmul_reference
+from huoyan.kernels.int4_unpack import dequantize
+from huoyan.kernels.int4_words import (
     dequantize_reference,
-    int4_matmul,
-    int4_matmul_reference,
     pack_meta,
     pack_words,
     paired,
@@ -80,7 +78,14 @@ TUNINGS = [
 @pytest.mark.parametrize("tuning", TUNINGS)
 @pytest.mark.parametrize(
     "m, n, k, group",
-    [(1, 40, 640, 128), (3, 130, 512, 64), (4, 24, 384, 32), (2, 64, 512, 512), (20, 70, 256, 128)],
+    [
+        (1, 40, 640, 128),
+        (3, 130, 512, 64),
+        (4, 24, 384, 32),
+        (2, 64, 512, 512),
+        (20, 70, 256, 128),
+        (210, 70, 256, 128),
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_product(
@@ -98,6 +103,9 @@ def test_product(
     x, words, meta, bias = operands(seed, m, n, k, group, dtype, device)
     expected = int4_matmul_reference(x, words, meta)
     assert error(int4_matmul(x, words, meta, parts=True, tuning=tuning), expected) < bound(dtype)
+    whole = int4_matmul(x, words, meta, bias, parts=True, tuning=tuning)
+    # Whoever sums parts adds the bias.
+    assert error(whole, expected + (bias.float() if whole.dim() == 2 else 0)) < bound(dtype)
     if tuning is None or tuning.split == 1:
         got = int4_matmul(x, words, meta, bias, tuning=tuning)
         assert got.dtype == dtype
@@ -154,12 +162,21 @@ def test_dequantize(seed: int, device: torch.device, group: int, pairs: bool) ->
 
 
 def test_every_number_of_rows_is_cut_somehow() -> None:
-    for m in range(1, 193):
+    for m in range(1, 1025):
         assert choose(m, 3584, 3584, True).block_m >= min(m, 64)
 
 
+def test_hundreds_of_rows_fill_the_processors() -> None:
+    for m, split in ((256, 2), (384, 3), (512, 1), (1024, 1)):
+        assert choose(m, 3584, 18944, True).split == split
+    assert choose(384, 37888, 3584, True).split == 1
+    card = torch.device("cpu")
+    assert [takes(m, 37888, 3584, card) for m in (192, 1024, 1025)] == [True, True, False]
+    assert [takes(m, 4608, 3584, card) for m in (384, 385)] == [True, False]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("m", [1, 2, 4, 16, 48, 128, 192])
+@pytest.mark.parametrize("m", [1, 2, 4, 16, 48, 128, 192, 300, 1024])
 @pytest.mark.parametrize("n, k", [(4608, 3584), (3584, 3584), (37888, 3584), (3584, 18944)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_full_size(seed: int, device: torch.device, m: int, n: int, k: int, dtype: torch.dtype) -> None:

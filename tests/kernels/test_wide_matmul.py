@@ -60,7 +60,16 @@ def test_wide_product(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("m", [17, 32, 64, 96, 128])
-@pytest.mark.parametrize("n, k, gated", [(37888, 3584, True), (3584, 18944, False), (8192, 4096, True)])
+@pytest.mark.parametrize(
+    "n, k, gated",
+    [
+        (37888, 3584, True),
+        (3584, 18944, False),
+        (8192, 4096, True),
+        (4608, 3584, False),
+        (3584, 3584, False),
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_full_size(
     seed: int, device: torch.device, m: int, n: int, k: int, gated: bool, dtype: torch.dtype
@@ -69,17 +78,18 @@ def test_full_size(
     with torch.no_grad():
         used = takes(x, weight, gated)
     del x, weight
-    if torch.cuda.get_device_capability(device)[0] != 9 and not used:
+    if torch.cuda.get_device_capability(device)[0] != 9:
         pytest.skip("this card takes another way")
-    assert used
+    assert used == (gated or 2 * n <= k or (m > 64) == (n > k))
     check(seed, device, m, n, k, dtype, gated, None)
 
 
 def test_the_published_gate_is_one_tile_a_processor() -> None:
-    assert [choose(m, 18944, True, 132).rest for m in (32, 128)] == [16, 16]
-    assert choose(128, 128 * 132, True, 132).rest == 0
-    assert choose(128, 3584, False, 132).split == 4
-    assert choose(128, 100_000, False, 132).split == 1
+    assert [choose(m, 18944, 3584, True, 132).rest for m in (32, 128)] == [16, 16]
+    assert choose(128, 128 * 132, 3584, True, 132).rest == 0
+    assert choose(128, 3584, 18944, False, 132).split == 4
+    assert choose(128, 4608, 3584, False, 132).split == 3
+    assert choose(128, 100_000, 3584, False, 132).split == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="test_full_size has the kernel itself")

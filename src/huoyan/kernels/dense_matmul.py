@@ -111,7 +111,7 @@ def dense_matmul(
 
     Args:
         x: contiguous, K a multiple of 128, M at most MAX_ROWS.
-        bias: [N], of neither parts nor a gate.
+        bias: [N], not of a gate; parts are without it, and so for whoever sums them.
         gated: the matrix is a gate's rows and then as many others: gives silu(gate) * other [M, N / 2].
         parts: where it is faster, give float32 [S, M, N], to be summed by whoever reads it.
         dtype: of the result, where it is not x's.
@@ -130,7 +130,7 @@ def dense_matmul(
     overlap = x.is_cuda and overlaps()
     _matmul_kernel[(triton.cdiv(n, tuning.block_n), split)](
         x, weight, bias if bias is not None else x, out, m, n, k,
-        HAS_BIAS=bias is not None, GATED=gated, SPLIT=split, EVEN=n % tuning.block_n == 0, BLOCK_M=16,
+        HAS_BIAS=bias is not None and split == 1, GATED=gated, SPLIT=split, EVEN=n % tuning.block_n == 0, BLOCK_M=16,
         BLOCK_N=tuning.block_n, BLOCK_K=tuning.block_k, STAGES=tuning.stages,
         PREFETCH=tuning.prefetch if overlap else 0, OVERLAP=overlap, num_warps=tuning.warps,
         **launch_options(overlap),

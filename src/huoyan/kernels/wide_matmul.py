@@ -26,6 +26,8 @@ BLOCK_K = 128
 """The inputs must be a multiple of it."""
 LEAST = 1 << 23
 """Values of a matrix that are worth it."""
+FEWER = 64
+"""Rows up to which a square matrix is, and beyond which one of more outputs than inputs."""
 _TILE = 128
 _REST = 16
 
@@ -107,9 +109,10 @@ def _kernel(
 
 
 def takes(x: Tensor, weight: Tensor, gated: bool = False) -> bool:
-    """Whether this is the way of x [M, K] through a dense matrix [N, K], a gate's or of many more inputs than outputs
-    (of others cuBLAS is as fast)."""
-    if not gated and 2 * len(weight) > weight.shape[1]:
+    """Whether this is the way of x [M, K] through a dense matrix [N, K]: a gate's, of many more inputs than outputs, or
+    where the rows are so many that cuBLAS is not as fast."""
+    n, k = weight.shape
+    if not gated and 2 * n > k and (len(x) > FEWER) != (n > k):
         return False
     if not (x.is_cuda and x.dim() == 2 and x.dtype in (torch.float16, torch.bfloat16)):
         return False
@@ -121,11 +124,13 @@ def takes(x: Tensor, weight: Tensor, gated: bool = False) -> bool:
 
 
 @lru_cache(maxsize=256)
-def choose(rows: int, n: int, gated: bool, processors: int) -> Tuning:
+def choose(rows: int, n: int, k: int, gated: bool, processors: int) -> Tuning:
     """How a product is cut (searched on an H100, see benchmarks/NOTES.md)."""
     if not gated:
+        if n == k:
+            return Tuning(64, 0, 2, block_k=128, warps=4, stages=4, prefetch=16)
         split = min(max(processors // triton.cdiv(n, _TILE), 1), WIDE_PARTS)
-        return Tuning(_TILE, 0, split, block_k=128, warps=8, stages=3)
+        return Tuning(_TILE, 0, split, block_k=128, warps=8, stages=3, prefetch=16 if n > k else 0)
     # Outputs' time is that of the rounds of programs that processors take one of at a time.
     rest = min((0, _REST), key=lambda more: _rounds(n, _TILE + more, processors) * (_TILE + more))
     if rows <= 64:
@@ -142,13 +147,20 @@ def _works(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernel runs here and gives what it should, tried on a few numbers: a card may lack the shared memory
     that an H100's processors have, and Triton the tensor memory unit."""
     try:
-        for rows, width, gated in ((128, 256, True), (64, 256, True), (128, 1024, False)):
-            outputs = 288 if gated else 256
+        for rows, n, k in (
+            (128, 18944, 3584),
+            (64, 18944, 3584),
+            (128, 3584, 18944),
+            (128, 4608, 3584),
+            (64, 3584, 3584),
+        ):
+            gated = n > 2 * k
+            outputs, width = (288, 256) if gated else (256, 1024)
             x, weight = (
-                torch.sin(torch.arange(n * width, device=device).view(n, width) * 0.37).to(dtype)
-                for n in (rows, outputs)
+                torch.sin(torch.arange(m * width, device=device).view(m, width) * 0.37).to(dtype)
+                for m in (rows, outputs)
             )
-            cut = choose(rows, 18944 if gated else 3584, gated, 132)
+            cut = choose(rows, n, k, gated, 132)
             got = wide_matmul(x, weight, gated=gated, tuning=cut).float()
             got = got.sum(0) if got.dim() == 3 else got
             # By the host: for its products cuBLAS would keep a workspace of this stream.
@@ -181,7 +193,7 @@ def wide_matmul(x: Tensor, weight: Tensor, *, gated: bool = False, tuning: Tunin
     """
     m, k = x.shape
     n = weight.shape[0] // (2 if gated else 1)
-    cut = tuning or choose(m, n, gated, _processors(x.device))
+    cut = tuning or choose(m, n, k, gated, _processors(x.device))
     shape, dtype = ((cut.split, m, n), torch.float32) if cut.split > 1 else ((m, n), x.dtype)
     out = torch.empty(shape, dtype=dtype, device=x.device)
     block_m = max(16, triton.next_power_of_2(m))

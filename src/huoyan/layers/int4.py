@@ -95,7 +95,7 @@ class Int4Linear(nn.Module):
             offset = (8 - weight.zeros) * weight.scales
             scales = torch.stack((weight.scales, offset), dim=-1).transpose(0, 1).contiguous()
         elif self.packing == "words":
-            from huoyan.kernels.int4_matmul import PAIR, pack_meta, pack_words, paired
+            from huoyan.kernels.int4_words import PAIR, pack_meta, pack_words, paired
 
             self.group_size = weight.group_size
             self.pairs = gated and bias is None and self.width_out % (2 * PAIR) == 0
@@ -119,49 +119,52 @@ class Int4Linear(nn.Module):
         if self.packing == "cpu":
             out = int4_cpu.multiply(rows, self.packed, self.scales, self.bias)
         elif self.packing == "words":
-            out = self._by_kernel(rows)
+            out = self._words(rows.contiguous())
         else:
             out = linear_by_blocks(rows, self.width_out, self.weight_rows, self.bias)
         return out.view(*x.shape[:-1], self.width_out)
 
     def parts(self, x: Tensor, over: Tensor | None = None) -> Tensor:
         """See `huoyan.layers.linear.Linear.parts`."""
-        if self.packing != "words" or self.pairs or not self._few(x):
-            if self.packing == "words" and self.bias is None and may_be_over(x, over, self.width_out):
-                return linear_by_blocks(x, self.width_out, self._dense(x), out=over)
-            whole: Tensor = self(x)
-            return whole
-        from huoyan.kernels.int4_matmul import int4_matmul
+        if self.packing == "words" and not self.pairs and self._by_kernel(x):
+            from huoyan.kernels.int4_matmul import int4_matmul
 
-        return int4_matmul(x, self.packed, self.meta, parts=True)
+            return int4_matmul(x, self.packed, self.meta, self.bias, parts=True)
+        if self.packing == "words" and self.bias is None and may_be_over(x, over, self.width_out):
+            return linear_by_blocks(x, self.width_out, self._dense(x), out=over)
+        whole: Tensor = self(x)
+        return whole
 
     def gated(self, x: Tensor) -> Tensor:
         """See `huoyan.layers.linear.Linear.gated`."""
-        if self.packing == "words" and x.dim() == 2 and len(x) > FEW_ROWS:
-            width = self.width_out // 2
-            return gated_by_blocks(x, width, self._dense(x), up_columns(len(x), width))
-        if self.pairs and self._few(x):
+        if self.pairs and self._by_kernel(x):
             from huoyan.kernels.int4_matmul import int4_matmul
 
             return int4_matmul(x, self.packed, self.meta, gated=True)
+        if self.packing == "words" and x.dim() == 2 and len(x) > FEW_ROWS:
+            width = self.width_out // 2
+            return gated_by_blocks(x, width, self._dense(x), up_columns(len(x), width))
         return silu_mul(self.parts(x), x.dtype)
 
-    def _few(self, x: Tensor) -> bool:
-        from huoyan.kernels.int4_matmul import MAX_ROWS
+    def _words(self, x: Tensor) -> Tensor:
+        """The product with rows [T, in], where our kernels have packed the matrix."""
+        if self._by_kernel(x) and not self.pairs:
+            from huoyan.kernels.int4_matmul import int4_matmul
 
-        return x.dim() == 2 and len(x) <= MAX_ROWS and x.is_contiguous()
-
-    def _by_kernel(self, x: Tensor) -> Tensor:
-        from huoyan.kernels import int4_matmul as kernel
-
-        if x.shape[0] <= kernel.MAX_ROWS and not self.pairs:
-            return kernel.int4_matmul(x.contiguous(), self.packed, self.meta, self.bias)
-
+            return int4_matmul(x, self.packed, self.meta, self.bias)
         return linear_by_blocks(x, self.width_out, self._dense(x), self.bias)
+
+    def _by_kernel(self, x: Tensor) -> bool:
+        """Whether the matrix need not be made dense for x."""
+        from huoyan.kernels.int4_cuts import takes
+
+        if x.dim() != 2 or not x.is_contiguous():
+            return False
+        return takes(len(x), self.width_out, self.width_in, x.device)
 
     def _dense(self, x: Tensor) -> Callable[[int, int], Tensor]:
         """Some rows of the matrix, in the stream's scratch, by our kernel; `x`: what they are to be multiplied with."""
-        from huoyan.kernels.int4_matmul import dequantize
+        from huoyan.kernels.int4_unpack import dequantize
 
         def dense(start: int, stop: int) -> Tensor:
             out = _scratch(stop - start, self.width_in, x)

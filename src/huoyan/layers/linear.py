@@ -69,14 +69,15 @@ class Linear(nn.Module):
         """What `forward` gives, or for a step's decodes on CUDA what may be ready sooner: float32 [S, T, out], to be
         summed and given the bias by whoever reads it. `over` [T, out] may be written over."""
         if not reads_few_rows(x, self.width_in):
-            if self.bias is None and _reads_some_rows(x, self.weight):
+            if _reads_some_rows(x, self.weight):
                 from huoyan.kernels.wide_matmul import wide_matmul
 
-                return wide_matmul(x, self.weight)
+                found = wide_matmul(x, self.weight)
+                return found if self.bias is None or found.dim() == 3 else found + self.bias
             return self._over(x, over)
         from huoyan.kernels.dense_matmul import dense_matmul
 
-        return dense_matmul(x, self.weight, parts=True)
+        return dense_matmul(x, self.weight, self.bias, parts=True)
 
     def _over(self, x: Tensor, over: Tensor | None) -> Tensor:
         if self.bias is not None or not may_be_over(x, over, len(self.weight)):

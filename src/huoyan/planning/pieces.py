@@ -20,7 +20,11 @@ DENSE_VALUES_CUDA = 66 << 20
 UNPACKED_VALUES = 1 << 20
 """The same on a CPU in bfloat16, for many rows: what stays in its cache."""
 FEW_ROWS = 192
-"""Rows that our int4 kernels multiply without a dense matrix (`huoyan.kernels.int4_matmul.MAX_ROWS`)."""
+"""Rows that our int4 kernel multiplies without a dense matrix on any card (`huoyan.kernels.int4_cuts`)."""
+INT4_ROWS = 1024
+"""Rows that it does where a program has room for more, at most."""
+INT4_PARTS_ROWS = 1152
+"""Rows of the parts in float32 that it gives of more than `FEW_ROWS`, together."""
 WIDE_ROWS = 128
 """Rows that our kernel multiplies with a large dense matrix (`huoyan.kernels.wide_matmul`)."""
 WIDE_PARTS = 4

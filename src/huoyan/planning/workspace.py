@@ -21,6 +21,8 @@ from huoyan.planning.pieces import (
     FEW_ROWS,
     FEW_ROWS_CPU,
     GATHER_TOKENS,
+    INT4_PARTS_ROWS,
+    INT4_ROWS,
     MASK_VALUES,
     NOISE_LOGITS,
     NOISE_LOGITS_CUDA,
@@ -282,7 +284,7 @@ def _decoder(config: ModelConfig, way: Way, limits: Limits, *, graph: bool = Fal
     o_proj += _int4(way, T, H, A)
     if over and way.int4 == "words":
         # All gates, some columns of what they gate, written over the gates.
-        mlp = T * (I + up_columns(T, I)) * e
+        mlp = T * I * e + max(T * up_columns(T, I) * e, _int4(way, T, H, I))
     else:
         # The rows that go through together.
         some = mlp_rows(T) if over and way.int4 is None else T
@@ -359,8 +361,10 @@ def _int4(way: Way, rows: int, out: int, width: int) -> int:
         if out < 2 * width:
             return parts * rows * out * 4
         return 2 * rows * out * 4 if rows <= 16 else SHARED_TILES
-    if way.kernels and way.int4 is None and rows <= WIDE_ROWS and 2 * out <= width:
+    if way.kernels and way.int4 is None and rows <= WIDE_ROWS and out < 2 * width:
         return WIDE_PARTS * rows * out * 4
+    if way.kernels and way.int4 == "words" and rows <= INT4_ROWS and out < 2 * width:
+        return max(INT4_PARTS_ROWS * out * 4, rows * out * e)
     if way.int4 is None or (way.kernels and way.int4 == "words"):
         return 0
     if way.int4 == "cpu" and rows <= FEW_ROWS_CPU:
