@@ -131,7 +131,7 @@ def candidates(product: str, sequences: int, int4: bool) -> Iterator[Cut]:
             for tail in (2, 3, 4, 6) if many else ():
                 yield cut(n, split, warps, stages, prefetch, wave=2 if n == 128 else 4, tail=tail)
     elif int4:
-        rows = 64 if sequences <= 64 else 128
+        rows = 32 if sequences <= 32 else 64 if sequences <= 64 else 128
         splits = (1,) if many else (9, 7, 5, 4) if product == "down" else (7, 4, 3)
         for split, (n, warps), stages, prefetch in itertools.product(
             splits, ((64, 4), (128, 8), (128, 4)), (2, 3, 4), (4, 0)

@@ -86,13 +86,15 @@ def _matmul_kernel(
 
 @lru_cache(maxsize=1024)
 def choose(n: int, k: int, parts: bool = False) -> Tuning:
-    """How a product is cut (measured: see benchmarks/NOTES.md, "dense products of a few rows")."""
+    """How a product is cut (searched, each cut in its place in a step, by `benchmarks/decode_step.py`)."""
     if not parts:
-        return Tuning(block_n=64, split=1, warps=4, stages=4)
+        return Tuning(block_n=64, split=1, warps=4, stages=4, prefetch=8)
     if n > k:
         # Queries, keys and values: the next kernel has a program for each head, which reads little of each part.
         return Tuning(block_n=128, split=max(1, min(k // BLOCK_K // 4, 7)), warps=4, stages=3, prefetch=4)
     # The norm that is next reads all parts of a row in one program: many cost there what they gain here.
+    if k >= 8192:
+        return Tuning(block_n=128, split=4, warps=8, stages=4, prefetch=4)
     split = max(1, min(k // BLOCK_K // 14, 8))
     return Tuning(block_n=64, split=split, warps=4, stages=6 if split < 4 else 4, prefetch=4)
 

@@ -10,8 +10,8 @@ import torch
 from huoyan.kernels.int4_words import BLOCK
 from huoyan.planning.pieces import FEW_ROWS, INT4_PARTS_ROWS, INT4_ROWS
 
-_LARGE = 8192
-"""Outputs or inputs of a matrix that is read long enough for a dense one to be made of it only for more rows."""
+_LARGE = 16384
+"""Outputs that are many rounds of programs, whatever the rows."""
 _PROCESSORS = 132
 """Of an H100 or H200, for which cuts were searched."""
 
@@ -47,8 +47,9 @@ def takes(rows: int, n: int, k: int, device: torch.device) -> bool:
         return True
     if not is_roomy(device):
         return False
-    if max(n, k) >= _LARGE:
+    if n >= _LARGE:
         return rows <= INT4_ROWS
+    # Beyond, tiles of 128 rows no longer fit the processors in one round.
     return rows <= (384 if n > k else 512)
 
 
@@ -61,14 +62,14 @@ def choose(m: int, n: int, k: int, parts: bool = False, roomy: bool = True) -> T
     if m > FEW_ROWS:
         return _choose_hundreds(m, n, parts)
     if m > 128 or (m > 16 and not roomy):
-        split = max(1, min(k // BLOCK // 4, 7 if m <= 64 else 4)) if parts and n < 16384 else 1
+        split = max(1, min(k // BLOCK // 4, 7 if m <= 64 else 4)) if parts and n < _LARGE else 1
         if split == 1 or n > k:
             return Tuning(64, split, warps=4, stages=3, block_m=64)
         return Tuning(128, split, warps=4, stages=4, block_m=64)
     if m > 16:
         return _choose_many(m <= 64, n, k, parts)
-    if n >= 16384:
-        return Tuning(128, 1, warps=4, stages=4, prefetch=4, wave=2, tail=4)
+    if n >= _LARGE:
+        return Tuning(128, 1, warps=4, stages=4, prefetch=4)
     if not parts:
         return Tuning(64, 1, warps=4, stages=4, prefetch=4)
     # A program for each processor and more; what reads the parts reads few outputs of each.
@@ -79,7 +80,7 @@ def choose(m: int, n: int, k: int, parts: bool = False, roomy: bool = True) -> T
 def _choose_many(few: bool, n: int, k: int, parts: bool) -> Tuning:
     """Of 17 to 64 rows, or else to 128, where shared memory has room for three stages of them."""
     whole = partial(Tuning, block_m=64 if few else 128, scaled=True, tiles=True)
-    if n >= 16384:
+    if n >= _LARGE:
         # As many programs at a time as there is room for, and the last round shared out.
         return (
             whole(128, 1, 8, 4, wave=2, tail=4)
@@ -104,7 +105,7 @@ def _choose_hundreds(m: int, n: int, parts: bool) -> Tuning:
     def rounds(split: int) -> float:
         return -(-tiles * split // (2 * _PROCESSORS)) / split
 
-    splits = range(1, max(1, min(3, INT4_PARTS_ROWS // m)) + 1) if parts and n < 16384 else (1,)
+    splits = range(1, max(1, min(3, INT4_PARTS_ROWS // m)) + 1) if parts and n < _LARGE else (1,)
     return Tuning(64, min(splits, key=rounds), warps=4, stages=3, block_m=128, scaled=True, tiles=True)
 
 

@@ -231,7 +231,8 @@ def _launch(
     )  # fmt: skip
     options = dict(
         GROUP=group, HAS_BIAS=bias is not None and split == 1, GATED=gated, SPLIT=split,
-        SCALED=group < BLOCK or tuning.scaled, EVEN=n % tuning.block_n == 0, BLOCK_M=tuning.block_m, BLOCK_N=tuning.block_n, STAGES=tuning.stages,
+        SCALED=group < BLOCK or tuning.scaled, EVEN=n % tuning.block_n == 0, BLOCK_M=tuning.block_m,
+        BLOCK_N=tuning.block_n, STAGES=tuning.stages,
         PREFETCH=tuning.prefetch if overlap else 0, UNROLL=tuning.unroll, TILES=tiles, TAIL=tail,
         ASM=x.is_cuda, OVERLAP=overlap, num_warps=tuning.warps, **launch_options(overlap),
     )  # fmt: skip
