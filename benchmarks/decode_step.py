@@ -2,7 +2,7 @@
 products in its place.
 
 usage: python benchmarks/decode_step.py [--int4] [--sequences 1,8,32,64,128] [--context 320] [--kernels]
-                                        [--search gate_up,down,qkv,o] [--seconds 200] [--json OUT]   (needs CUDA)
+                                        [--search gate_up,down,qkv,o,head] [--seconds 200] [--json OUT]   (needs CUDA)
 
 A step is the decoder's graph and the head behind it, without the host, random weights and `--context` tokens in each
 sequence's cache. `--kernels` adds what its kernels take, by torch's profiler. `--search` tries other cuts of one
@@ -58,6 +58,7 @@ class Steps:
             "down": layer.mlp.down_proj,
             "qkv": layer.self_attn.qkv_proj,
             "o": layer.self_attn.o_proj,
+            "head": self.model.llm.lm_head,
         }
 
     @torch.inference_mode()
@@ -120,7 +121,8 @@ class Steps:
 
 def candidates(product: str, sequences: int, int4: bool) -> Iterator[Cut]:
     """Cuts worth a try, of steps of up to so many sequences."""
-    many = 1 if product == "gate_up" else 0
+    many = 1 if product in ("gate_up", "head") else 0
+    int4 = int4 and product != "head"
     if int4 and sequences <= 16:
         cut = int4_cuts.Tuning
         splits = (1,) if many else (14, 13, 11, 9, 7) if product == "down" else (7, 5, 4)
@@ -235,16 +237,16 @@ def layer_shape(layer: Any) -> tuple[int, int]:
 
 def compile_ahead(steps: Steps, name: str, rows: int, cuts: list[Cut]) -> None:
     layer, gated = steps.products[name], name == "gate_up"
+    parts = name not in ("gate_up", "head")
     x = torch.zeros(rows, layer.width_in, device="cuda", dtype=steps.model.dtype)
 
     def one(cut: Cut) -> None:
         try:
             if isinstance(cut, int4_cuts.Tuning):
-                int4_matmul.compile_ahead(
-                    x, layer.packed, layer.meta, parts=not gated, gated=gated, tuning=cut
-                )
+                int4_matmul.compile_ahead(x, layer.packed, layer.meta, parts=parts, gated=gated, tuning=cut)
             elif isinstance(cut, dense_matmul.Tuning):
-                dense_matmul.dense_matmul(x, layer.weight, gated=gated, parts=not gated, tuning=cut)
+                dtype = torch.float32 if name == "head" else None
+                dense_matmul.dense_matmul(x, layer.weight, gated=gated, parts=parts, dtype=dtype, tuning=cut)
             else:
                 wide_matmul.wide_matmul(x, layer.weight, gated=gated, tuning=cut)
         except Exception:  # said when it is tried

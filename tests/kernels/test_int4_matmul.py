@@ -163,12 +163,20 @@ def test_dequantize(seed: int, device: torch.device, group: int, pairs: bool) ->
 
 def test_every_number_of_rows_is_cut_somehow() -> None:
     for m in range(1, 1025):
-        assert choose(m, 3584, 3584, True).block_m >= min(m, 64)
+        assert choose(m, 3584, 3584, True).block_m >= min(m, 32)
 
 
 def test_hundreds_of_rows_fill_the_processors() -> None:
-    for m, split in ((256, 2), (384, 3), (512, 1)):
-        assert choose(m, 3584, 18944, True).split == split
+    for m, split, block_m in (
+        (192, 2, 64),
+        (256, 2, 128),
+        (384, 3, 128),
+        (512, 1, 128),
+        (576, 3, 64),
+        (768, 3, 128),
+    ):
+        cut = choose(m, 3584, 18944, True)
+        assert (cut.split, cut.block_m) == (split, block_m)
     assert choose(384, 37888, 3584, True).split == 1
     card = torch.device("cpu")
     assert [takes(m, 37888, 3584, card) for m in (192, 1024, 1025)] == [True, True, False]
@@ -176,7 +184,7 @@ def test_hundreds_of_rows_fill_the_processors() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("m", [1, 2, 4, 16, 48, 128, 192, 300, 1024])
+@pytest.mark.parametrize("m", [1, 2, 4, 16, 24, 48, 128, 192, 300, 576, 1024])
 @pytest.mark.parametrize("n, k", [(4608, 3584), (3584, 3584), (37888, 3584), (3584, 18944)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_full_size(seed: int, device: torch.device, m: int, n: int, k: int, dtype: torch.dtype) -> None:

@@ -49,8 +49,7 @@ def takes(rows: int, n: int, k: int, device: torch.device) -> bool:
         return False
     if n >= _LARGE:
         return rows <= INT4_ROWS
-    # Beyond, tiles of 128 rows no longer fit the processors in one round.
-    return rows <= (384 if n > k else 512)
+    return rows <= (INT4_ROWS if k >= 2 * n else 576 if k >= n else 384)
 
 
 @lru_cache(maxsize=2048)
@@ -59,7 +58,7 @@ def choose(m: int, n: int, k: int, parts: bool = False, roomy: bool = True) -> T
 
     `parts`: whether inputs may be shared out among programs whose sums the next kernel adds; `roomy`: see `is_roomy`.
     """
-    if m > FEW_ROWS:
+    if m > FEW_ROWS or (m == FEW_ROWS and roomy):
         return _choose_hundreds(m, n, parts)
     if m > 128 or (m > 16 and not roomy):
         split = max(1, min(k // BLOCK // 4, 7 if m <= 64 else 4)) if parts and n < _LARGE else 1
@@ -67,7 +66,7 @@ def choose(m: int, n: int, k: int, parts: bool = False, roomy: bool = True) -> T
             return Tuning(64, split, warps=4, stages=3, block_m=64)
         return Tuning(128, split, warps=4, stages=4, block_m=64)
     if m > 16:
-        return _choose_many(m <= 64, n, k, parts)
+        return _choose_few(n, k, parts) if m <= 32 else _choose_many(m <= 64, n, k, parts)
     if n >= _LARGE:
         return Tuning(128, 1, warps=4, stages=4, prefetch=4)
     if not parts:
@@ -77,8 +76,21 @@ def choose(m: int, n: int, k: int, parts: bool = False, roomy: bool = True) -> T
     return Tuning(128, split, warps=4, stages=4, prefetch=4)
 
 
+def _choose_few(n: int, k: int, parts: bool) -> Tuning:
+    """Of 17 to 32 rows, where shared memory has room for three stages of them."""
+    few = partial(Tuning, block_m=32, scaled=True, tiles=True)
+    if n >= _LARGE:
+        return few(64, 1, 4, 3, prefetch=4, wave=4, tail=4)
+    if not parts:
+        return few(64, 1, 4, 3)
+    most = max(1, k // BLOCK // 4)
+    if n > k:
+        return few(128, min(7, most), 8, 3)
+    return few(64, min(9 if k >= 8192 else 7, most), 4, 4, prefetch=4)
+
+
 def _choose_many(few: bool, n: int, k: int, parts: bool) -> Tuning:
-    """Of 17 to 64 rows, or else to 128, where shared memory has room for three stages of them."""
+    """Of 33 to 64 rows, or else to 128."""
     whole = partial(Tuning, block_m=64 if few else 128, scaled=True, tiles=True)
     if n >= _LARGE:
         # As many programs at a time as there is room for, and the last round shared out.
@@ -98,15 +110,16 @@ def _choose_many(few: bool, n: int, k: int, parts: bool) -> Tuning:
 
 
 def _choose_hundreds(m: int, n: int, parts: bool) -> Tuning:
-    """Of more rows: inputs are shared out where that fills the rounds of programs, two of which a processor has at a
-    time."""
-    tiles = -(-n // 64) * -(-m // 128)
+    """Of more rows: inputs are shared out where that fills the rounds of programs."""
+    # A tile that reaches beyond the rows takes longer than a whole one.
+    block_m, at_a_time = (64, 3 * _PROCESSORS) if 0 < m % 128 <= 64 else (128, 2 * _PROCESSORS)
+    tiles = -(-n // 64) * -(-m // block_m)
 
     def rounds(split: int) -> float:
-        return -(-tiles * split // (2 * _PROCESSORS)) / split
+        return -(-tiles * split // at_a_time) / split
 
     splits = range(1, max(1, min(3, INT4_PARTS_ROWS // m)) + 1) if parts and n < _LARGE else (1,)
-    return Tuning(64, min(splits, key=rounds), warps=4, stages=3, block_m=128, scaled=True, tiles=True)
+    return Tuning(64, min(splits, key=rounds), warps=4, stages=3, block_m=block_m, scaled=True, tiles=True)
 
 
 @lru_cache(maxsize=16)

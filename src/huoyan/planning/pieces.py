@@ -23,7 +23,7 @@ FEW_ROWS = 192
 """Rows that our int4 kernel multiplies without a dense matrix on any card (`huoyan.kernels.int4_cuts`)."""
 INT4_ROWS = 1024
 """Rows that it does where a program has room for more, at most."""
-INT4_PARTS_ROWS = 1152
+INT4_PARTS_ROWS = 2304
 """Rows of the parts in float32 that it gives of more than `FEW_ROWS`, together."""
 WIDE_ROWS = 128
 """Rows that our kernel multiplies with a large dense matrix (`huoyan.kernels.wide_matmul`)."""
