@@ -111,9 +111,11 @@ class Engine:
             from huoyan.engine.decode_graph import DecodeGraphs
             from huoyan.engine.graph_memory import GraphMemory
             from huoyan.engine.step_graph import StepGraphs
+            from huoyan.kernels.int4_cuts import is_roomy
 
             shared = GraphMemory.of(model)
-            rows = captured_rows(self.config.max_num_seqs, way_of_model(model, self.config).int4)
+            int4 = way_of_model(model, self.config).int4
+            rows = captured_rows(self.config.max_num_seqs, int4)
             graphs = DecodeGraphs(model, cache, rows, self.size.max_model_len, shared.pool)
             step_graphs = StepGraphs(
                 model,
@@ -123,6 +125,7 @@ class Engine:
                 max_num_seqs=self.config.max_num_seqs,
                 max_model_len=self.size.max_model_len,
                 decodes_alone=rows,
+                whole_tiles=int4 == "words" and is_roomy(model.device),
             )
             self._stream = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
         self.run_ahead = fused if self.config.run_ahead is None else self.config.run_ahead

@@ -45,12 +45,14 @@ class StepGraphs:
         max_num_seqs: int,
         max_model_len: int,
         decodes_alone: int,
+        whole_tiles: bool = False,
     ) -> None:
-        """`decodes_alone`: rows up to which `DecodeGraphs` has steps of decodes only."""
+        """`decodes_alone`: rows up to which `DecodeGraphs` has steps of decodes only; `whole_tiles`: see
+        `huoyan.planning.graphs.step_graph_sizes`."""
         self._model = model
         self._pool = memory.pool
         self._decodes_alone = decodes_alone
-        self._prompts, self._mixed = step_graph_sizes(max_num_batched_tokens, max_num_seqs)
+        self._prompts, self._mixed = step_graph_sizes(max_num_batched_tokens, max_num_seqs, whole_tiles)
         self._graphs: dict[StepGraphSize, _Graph | None] = {}
         """None where a size was needed once."""
         self._gave_up = False

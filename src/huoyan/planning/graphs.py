@@ -61,10 +61,17 @@ class StepGraphSize:
         return 2 * self.tokens + self.decodes + 4 * self.tiles
 
 
-def step_graph_sizes(most_tokens: int, most_seqs: int) -> tuple[list[StepGraphSize], list[StepGraphSize]]:
-    """(those of a few prompts alone, those of anything), of steps of `most_tokens` tokens, `most_seqs` sequences."""
+def step_graph_sizes(
+    most_tokens: int, most_seqs: int, whole_tiles: bool = False
+) -> tuple[list[StepGraphSize], list[StepGraphSize]]:
+    """(those of a few prompts alone, those of anything), of steps of `most_tokens` tokens, `most_seqs` sequences.
+
+    `whole_tiles`: tokens are multiplied in tiles of 128 (`huoyan.kernels.int4_cuts`), of which one that is not full
+    takes longer. The plan, which need not know the card, counts with more.
+    """
+    prompts = [t for t in PROMPT_GRAPH_TOKENS if not whole_tiles or t <= 256 or t % 128 == 0]
     few, any_step = (
-        sizes[: bisect_left(sizes, most_tokens) + 1] for sizes in (PROMPT_GRAPH_TOKENS, STEP_GRAPH_TOKENS)
+        sizes[: bisect_left(sizes, most_tokens) + 1] for sizes in (prompts, list(STEP_GRAPH_TOKENS))
     )
     return (
         [StepGraphSize(tokens, 0, PROMPT_GRAPH_CHUNKS) for tokens in few],
