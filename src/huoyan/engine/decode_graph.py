@@ -81,6 +81,11 @@ class DecodeGraphs:
             self._capture(size)
         return self._model.head(self._graphs[size].replay(batch, late, moves)[:count])
 
+    def rehearse(self) -> None:
+        """Go through what every size launches (see `huoyan.kernels.launching`)."""
+        for size in reversed(self._sizes):
+            _Graph(self._model, self._cache, self._hidden[:size], self._inputs, size).rehearse()
+
     def capture_all(self) -> None:
         """Every size, the largest first: the others find room in its memory."""
         for size in reversed(self._sizes):
@@ -112,6 +117,10 @@ class _Graph:
     def pool(self) -> Any:
         return self._graph.pool()
 
+    def rehearse(self) -> None:
+        """Two layers: the first has no residual stream of its own."""
+        self._forward(layers=2)
+
     def capture(self, pool: Any) -> None:
         self._inputs.clear(self._size)
         run_and_capture(self._graph, self._forward, pool, self._hidden.device)
@@ -122,6 +131,6 @@ class _Graph:
         self._inputs.launched()
         return self._hidden
 
-    def _forward(self) -> None:
+    def _forward(self, layers: int | None = None) -> None:
         x = self._model.embed(self._tensors.tokens)
-        self._model.decoder(x, self._tensors.step.positions, self._attend, out=self._hidden)
+        self._model.decoder(x, self._tensors.step.positions, self._attend, self._hidden, layers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from huoyan.media.types import PreparedPicture
     from huoyan.models.minicpmv import MiniCPMV
     from huoyan.models.qwen2 import Attend
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -103,12 +107,28 @@ class Runner:
     @torch.inference_mode()
     def capture_all(self) -> None:
         """Capture the graphs of all sizes, where there are graphs, and compile what pictures take."""
+        self._compile_ahead()
         self.encoder.warm_up()
         self.encoder.capture_all()
         if self._graphs is not None:
             self._graphs.capture_all()
         if self._step_graphs is not None:
             self._step_graphs.capture_all()
+
+    def _compile_ahead(self) -> None:
+        """Have threads compile the kernels of all sizes of graphs: each would be when the first graph that has it is
+        captured, one after the other."""
+        if self._graphs is None or self._step_graphs is None:
+            return
+        from huoyan.kernels.launching import noted_launches
+
+        try:
+            with noted_launches() as noted:
+                self._graphs.rehearse()
+                self._step_graphs.rehearse()
+            noted.compile(self.device)
+        except Exception as error:
+            log.info("kernels are compiled when they are launched: %s", str(error).splitlines()[:1])
 
     @torch.inference_mode()
     def encode(self, pictures: Sequence[PreparedPicture], beside: bool = True) -> dict[bytes, Exception]:

@@ -76,6 +76,11 @@ class StepGraphs:
         self._inputs.fill(size, batch)
         return Prepared(graph, batch.num_tokens)
 
+    def rehearse(self) -> None:
+        """Go through what every size launches (see `huoyan.kernels.launching`)."""
+        for size in (*reversed(self._mixed), *reversed(self._prompts)):
+            _Graph(self._model, self._x[: size.tokens], self._inputs, size).rehearse()
+
     def capture_all(self) -> None:
         """Every size, the largest first: the others find room in its memory."""
         for size in (*reversed(self._mixed), *reversed(self._prompts)):
@@ -194,6 +199,10 @@ class _Graph:
         self._attend = CudaAttention(model, inputs.cache, self.tensors, STEP_GRAPH_PARTS)
         self._graph = torch.cuda.CUDAGraph()
 
+    def rehearse(self) -> None:
+        """Two layers: the first has no residual stream of its own."""
+        self._forward(layers=2)
+
     def capture(self, pool: Any) -> None:
         self._inputs.clear(self._size)
         run_and_capture(self._graph, self._forward, pool, self._x.device)
@@ -203,5 +212,5 @@ class _Graph:
         self._graph.replay()
         return self._x[:count]
 
-    def _forward(self) -> None:
-        self._model.decoder(self._x, self.tensors.positions, self._attend, out=self._x)
+    def _forward(self, layers: int | None = None) -> None:
+        self._model.decoder(self._x, self.tensors.positions, self._attend, self._x, layers)

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from huoyan.kernels.dependent_launch import begin, launch_options, overlaps, wait
+from huoyan.kernels.launching import launch
 
 
 def add_rms_norm_reference(
@@ -76,7 +77,8 @@ def add_rms_norm(
         total = x if keeps_x else torch.empty(shape, dtype=dtype, device=x.device)
     block = triton.next_power_of_2(width)
     overlap = x.is_cuda and overlaps()
-    _kernel[(rows,)](
+    launch(
+        _kernel, (rows,),
         x, residual if residual is not None else x, weight, normed, total, rows, width, eps,
         PARTS=parts, HAS_RESIDUAL=residual is not None, BLOCK=block, OVERLAP=overlap,
         num_warps=min(16, max(1, block // 256)), **launch_options(overlap),

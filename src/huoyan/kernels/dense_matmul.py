@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from huoyan.kernels.dependent_launch import begin, launch_options, overlaps, prefetch_lines, wait
+from huoyan.kernels.launching import launch
 
 MAX_ROWS = 16
 """More rows than this are for cuBLAS."""
@@ -130,7 +131,8 @@ def dense_matmul(
     else:
         out = torch.empty((m, n), dtype=dtype or x.dtype, device=x.device)
     overlap = x.is_cuda and overlaps()
-    _matmul_kernel[(triton.cdiv(n, tuning.block_n), split)](
+    launch(
+        _matmul_kernel, (triton.cdiv(n, tuning.block_n), split),
         x, weight, bias if bias is not None else x, out, m, n, k,
         HAS_BIAS=bias is not None and split == 1, GATED=gated, SPLIT=split, EVEN=n % tuning.block_n == 0, BLOCK_M=16,
         BLOCK_N=tuning.block_n, BLOCK_K=tuning.block_k, STAGES=tuning.stages,

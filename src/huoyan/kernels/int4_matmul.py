@@ -17,6 +17,7 @@ from huoyan.kernels.dependent_launch import begin, launch_options, overlaps, pre
 from huoyan.kernels.int4_cuts import Tuning, choose, is_roomy
 from huoyan.kernels.int4_unpack import load_meta, unpacked
 from huoyan.kernels.int4_words import BLOCK, dequantize_reference, unpaired
+from huoyan.kernels.launching import launch
 
 
 def int4_matmul_reference(x: Tensor, words: Tensor, meta: Tensor, gated: bool = False) -> Tensor:
@@ -180,7 +181,7 @@ def int4_matmul(
         [M, N] in the dtype of x, or parts.
     """
     out, grid, operands, options = _launch(x, words, meta, bias, parts, gated, tuning)
-    _matmul_kernel[grid](*operands, **options)
+    launch(_matmul_kernel, grid, *operands, **options)
     return out
 
 

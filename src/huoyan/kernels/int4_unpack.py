@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from huoyan.kernels.int4_words import BLOCK
+from huoyan.kernels.launching import launch
 
 
 @triton.constexpr_function
@@ -150,7 +151,8 @@ def dequantize(
     `pairs`: they are `paired`; rows are counted as they were before.
     """
     width, k = meta.shape[1], words.shape[1] * BLOCK
-    _dequantize_kernel[(triton.cdiv(stop - start, 64), k // BLOCK)](
+    launch(
+        _dequantize_kernel, (triton.cdiv(stop - start, 64), k // BLOCK),
         words, meta, out, stop - start, start, width, k,
         GROUP=k // meta.shape[0], PAIRED=pairs, BLOCK_N=64, ASM=words.is_cuda, num_warps=4,
     )  # fmt: skip

@@ -17,6 +17,7 @@ from torch import Tensor
 from huoyan.kernels.arrivals import arrivals
 from huoyan.kernels.cached_rows import cached_sequence, load_rows
 from huoyan.kernels.dependent_launch import begin, launch_options, overlaps, prefetch_lines, wait
+from huoyan.kernels.launching import launch
 
 TILE = 64
 """Tokens a program takes at a time."""
@@ -212,7 +213,8 @@ def paged_decode(
     part_sum = torch.empty(shape, dtype=torch.float32, device=q.device)
     arrived = arrivals(batch * kv_heads, q.device) if parts > 1 else seq_lens
     overlap = q.is_cuda and overlaps()
-    _decode_kernel[(batch, kv_heads, parts)](
+    launch(
+        _decode_kernel, (batch, kv_heads, parts),
         q, keys, values, q if key_scales is None else key_scales, q if value_scales is None else value_scales,
         block_tables, seq_lens, out, part_out, part_max, part_sum, arrived,
         head_dim**-0.5, q.stride(0), block_tables.stride(0),

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from huoyan.kernels.cached_rows import cached_sequence, load_rows
 from huoyan.kernels.dependent_launch import begin, launch_options, overlaps, wait
+from huoyan.kernels.launching import launch
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -195,7 +196,8 @@ def paged_prefill(
     overlap = q.is_cuda and overlaps()
     # Small tiles leave room for more programs instead of more keys under way.
     stages = stages or (3 if queries > 64 else 2)
-    _kernel[(heads, len(tiles))](
+    launch(
+        _kernel, (heads, len(tiles)),
         q, keys, values, q if key_scales is None else key_scales, q if value_scales is None else value_scales,
         block_tables, tiles, out, head_dim**-0.5 * LOG2_E, q.stride(0), out.stride(0), block_tables.stride(0),
         KV_HEADS=kv_heads, GROUP=heads // kv_heads, HEAD_DIM=head_dim,

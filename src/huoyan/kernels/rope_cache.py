@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from huoyan.kernels.dependent_launch import begin, launch_options, overlaps, wait
+from huoyan.kernels.launching import launch
 from huoyan.layers.kv_numbers import LARGEST, SMALLEST_SCALE, quantize
 
 
@@ -184,7 +185,8 @@ def rope_cache(
     heads = width // head_dim - 2 * kv_heads
     out = torch.empty((tokens, width), dtype=dtype, device=qkv.device) if parts else qkv
     overlap = qkv.is_cuda and overlaps()
-    _kernel[(tokens, heads + 2 * kv_heads)](
+    launch(
+        _kernel, (tokens, heads + 2 * kv_heads),
         qkv, qkv if bias is None else bias, out, positions, table, slot_mapping, keys, values,
         qkv if key_scales is None else key_scales, qkv if value_scales is None else value_scales, tokens,
         PARTS=parts, HAS_BIAS=bias is not None, OVERLAP=overlap,

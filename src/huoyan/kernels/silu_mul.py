@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from huoyan.kernels.dependent_launch import begin, launch_options, overlaps, wait
+from huoyan.kernels.launching import launch
 
 
 def silu_mul_reference(gate_up: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -51,7 +52,8 @@ def silu_mul(gate_up: Tensor, dtype: torch.dtype | None = None, *, in_place: boo
     else:
         out = torch.empty((rows, width), dtype=dtype or gate_up.dtype, device=gate_up.device)
     overlap = gate_up.is_cuda and overlaps()
-    _kernel[(rows, triton.cdiv(width, 1024))](
+    launch(
+        _kernel, (rows, triton.cdiv(width, 1024)),
         gate_up, out, rows, width, out.stride(0),
         PARTS=parts, BLOCK=1024, OVERLAP=overlap, num_warps=4, **launch_options(overlap),
     )  # fmt: skip
@@ -73,6 +75,14 @@ def _over_kernel(gate_ptr, up_ptr, width, gate_stride, up_stride, BLOCK: tl.cons
 def silu_mul_over(gate: Tensor, up: Tensor) -> None:
     """gate [T, width] becomes silu(gate) * up, computed in float32; the rows of either may lie apart."""
     rows, width = gate.shape
-    _over_kernel[(rows, triton.cdiv(width, 1024))](
-        gate, up, width, gate.stride(0), up.stride(0), BLOCK=1024, num_warps=4
+    launch(
+        _over_kernel,
+        (rows, triton.cdiv(width, 1024)),
+        gate,
+        up,
+        width,
+        gate.stride(0),
+        up.stride(0),
+        BLOCK=1024,
+        num_warps=4,
     )

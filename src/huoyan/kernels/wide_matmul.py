@@ -18,6 +18,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from huoyan.kernels.dependent_launch import begin, launch_options, overlaps, prefetch_lines, wait
+from huoyan.kernels.launching import launch, launched
 from huoyan.planning.pieces import WIDE_PARTS, WIDE_ROWS
 
 log = logging.getLogger(__name__)
@@ -161,7 +162,8 @@ def _works(device: torch.device, dtype: torch.dtype) -> bool:
                 for m in (rows, outputs)
             )
             cut = choose(rows, n, k, gated, 132)
-            got = wide_matmul(x, weight, gated=gated, tuning=cut).float()
+            with launched():
+                got = wide_matmul(x, weight, gated=gated, tuning=cut).float()
             got = got.sum(0) if got.dim() == 3 else got
             # By the host: for its products cuBLAS would keep a workspace of this stream.
             want = wide_matmul_reference(x.cpu(), weight.cpu(), gated)
@@ -202,7 +204,8 @@ def wide_matmul(x: Tensor, weight: Tensor, *, gated: bool = False, tuning: Tunin
         for t, rows in ((x, block_m), (weight, cut.tile), (weight, _REST))
     ]
     overlap = x.is_cuda and overlaps()
-    _kernel[(triton.cdiv(n, cut.tile + cut.rest), cut.split)](
+    launch(
+        _kernel, (triton.cdiv(n, cut.tile + cut.rest), cut.split),
         *described, weight, out, m, n, k,
         GATED=gated, SPLIT=cut.split, BLOCK_M=block_m, TILE=cut.tile, REST=cut.rest, BLOCK_K=cut.block_k,
         STAGES=cut.stages, PREFETCH=cut.prefetch if overlap else 0, OVERLAP=overlap, num_warps=cut.warps,

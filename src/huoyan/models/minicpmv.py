@@ -86,9 +86,16 @@ class MiniCPMV(nn.Module):
         out: Tensor = self.llm.model.embed_tokens(token_ids)
         return out
 
-    def decoder(self, x: Tensor, positions: Tensor, attend: Attend, out: Tensor | None = None) -> Tensor:
-        """x [T, hidden] at positions [T] -> normed hidden states [T, hidden]; `out`: see `Decoder`."""
-        hidden: Tensor = self.llm.model(x, positions, attend, out)
+    def decoder(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        attend: Attend,
+        out: Tensor | None = None,
+        layers: int | None = None,
+    ) -> Tensor:
+        """x [T, hidden] at positions [T] -> normed hidden states [T, hidden]; `out`, `layers`: see `Decoder`."""
+        hidden: Tensor = self.llm.model(x, positions, attend, out, layers)
         return hidden
 
     def head(self, hidden: Tensor) -> Tensor:

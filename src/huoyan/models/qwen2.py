@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Protocol, TypeAlias, TypeGuard
 
 import torch
@@ -123,11 +124,19 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = RotaryTable(config.head_dim, config.rope_theta, config.max_position_embeddings)
 
-    def forward(self, x: Tensor, positions: Tensor, attend: Attend, out: Tensor | None = None) -> Tensor:
-        """`out`: [T, hidden] where the result goes, which may be x itself."""
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        attend: Attend,
+        out: Tensor | None = None,
+        layers: int | None = None,
+    ) -> Tensor:
+        """`out`: [T, hidden] where the result goes, which may be x itself; `layers`: only so many, of no use but to see
+        what they take."""
         turns = None if rotates(attend) else self.rotary.lookup(positions)
         residual: Tensor | None = None
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(islice(self.layers, layers)):
             # The first one's residual is x; from its second norm on the stream is a tensor of its own.
             x, residual = layer(i, x, residual, turns, attend)
         return add_norm(self.norm, x, residual, out=out)[0]
