@@ -20,7 +20,6 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -31,6 +30,7 @@ import torch
 from full_size import write_folder
 from huoyan import LLM
 from huoyan.kernels import dense_matmul, int4_cuts, int4_matmul, wide_matmul
+from huoyan.kernels.launching import noted_launches
 
 Cut = Any
 """A `Tuning` of one of the kernels."""
@@ -236,24 +236,20 @@ def layer_shape(layer: Any) -> tuple[int, int]:
 
 
 def compile_ahead(steps: Steps, name: str, rows: int, cuts: list[Cut]) -> None:
+    """What does not compile is said when it is tried."""
     layer, gated = steps.products[name], name == "gate_up"
     parts = name not in ("gate_up", "head")
     x = torch.zeros(rows, layer.width_in, device="cuda", dtype=steps.model.dtype)
-
-    def one(cut: Cut) -> None:
-        try:
+    with torch.inference_mode(), noted_launches() as noted:
+        for cut in cuts:
             if isinstance(cut, int4_cuts.Tuning):
-                int4_matmul.compile_ahead(x, layer.packed, layer.meta, parts=parts, gated=gated, tuning=cut)
+                int4_matmul.int4_matmul(x, layer.packed, layer.meta, parts=parts, gated=gated, tuning=cut)
             elif isinstance(cut, dense_matmul.Tuning):
                 dtype = torch.float32 if name == "head" else None
                 dense_matmul.dense_matmul(x, layer.weight, gated=gated, parts=parts, dtype=dtype, tuning=cut)
             else:
                 wide_matmul.wide_matmul(x, layer.weight, gated=gated, tuning=cut)
-        except Exception:  # said when it is tried
-            return
-
-    with ThreadPoolExecutor(16) as pool:
-        list(pool.map(one, cuts))
+    noted.compile(x.device)
 
 
 def main() -> None:

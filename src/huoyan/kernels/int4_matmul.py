@@ -4,7 +4,6 @@ step, and on cards with room for it of some hundred more, for which making the m
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
 
 import torch
 import triton
@@ -180,29 +179,6 @@ def int4_matmul(
     Returns:
         [M, N] in the dtype of x, or parts.
     """
-    out, grid, operands, options = _launch(x, words, meta, bias, parts, gated, tuning)
-    launch(_matmul_kernel, grid, *operands, **options)
-    return out
-
-
-def compile_ahead(
-    x: Tensor, words: Tensor, meta: Tensor, *, parts: bool, gated: bool = False, tuning: Tuning
-) -> None:
-    """Compile what `int4_matmul` would launch, for searches; other threads may do the same."""
-    _, grid, operands, options = _launch(x, words, meta, None, parts, gated, tuning)
-    _matmul_kernel.warmup(*operands, grid=grid, **options)
-
-
-def _launch(
-    x: Tensor,
-    words: Tensor,
-    meta: Tensor,
-    bias: Tensor | None,
-    parts: bool,
-    gated: bool,
-    tuning: Tuning | None,
-) -> tuple[Tensor, tuple[int, int, int], tuple[Any, ...], dict[str, Any]]:
-    """The result, not yet filled, and what fills it: a grid, operands and options of the kernel."""
     m, k = x.shape
     n = meta.shape[1]
     group = k // meta.shape[0]
@@ -226,20 +202,18 @@ def _launch(
         )
         arrived = arrivals(over, x.device)
     tiles = tuning.tiles and (overlap or not x.is_cuda)
-    operands = (
+    registers = {"maxnreg": tuning.registers} if x.is_cuda and tuning.registers else {}
+    launch(
+        _matmul_kernel, (programs, split, triton.cdiv(m, tuning.block_m)),
         x, TensorDescriptor(x, [m, k], [k, 1], [tuning.block_m, BLOCK]) if tiles else x, words, meta,
         x if bias is None else bias, out, late, arrived, m, n, k, whole,
-    )  # fmt: skip
-    options = dict(
         GROUP=group, HAS_BIAS=bias is not None and split == 1, GATED=gated, SPLIT=split,
         SCALED=group < BLOCK or tuning.scaled, EVEN=n % tuning.block_n == 0, BLOCK_M=tuning.block_m,
-        BLOCK_N=tuning.block_n, STAGES=tuning.stages,
-        PREFETCH=tuning.prefetch if overlap else 0, UNROLL=tuning.unroll, TILES=tiles, TAIL=tail,
-        ASM=x.is_cuda, OVERLAP=overlap, num_warps=tuning.warps, **launch_options(overlap),
+        BLOCK_N=tuning.block_n, STAGES=tuning.stages, PREFETCH=tuning.prefetch if overlap else 0,
+        UNROLL=tuning.unroll, TILES=tiles, TAIL=tail, ASM=x.is_cuda, OVERLAP=overlap, num_warps=tuning.warps,
+        **registers, **launch_options(overlap),
     )  # fmt: skip
-    if x.is_cuda and tuning.registers:
-        options["maxnreg"] = tuning.registers
-    return out, (programs, split, triton.cdiv(m, tuning.block_m)), operands, options
+    return out
 
 
 @lru_cache(maxsize=16)
