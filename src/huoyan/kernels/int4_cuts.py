@@ -58,6 +58,7 @@ def choose(m: int, n: int, k: int, parts: bool = False, roomy: bool = True) -> T
 
     `parts`: whether inputs may be shared out among programs whose sums the next kernel adds; `roomy`: see `is_roomy`.
     """
+    # Whole tiles of 64; fewer rows would leave some that are not full.
     if m > FEW_ROWS or (m == FEW_ROWS and roomy):
         return _choose_hundreds(m, n, parts)
     if m > 128 or (m > 16 and not roomy):
