@@ -12,9 +12,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from huoyan.engine import runner
+from huoyan.engine import runner, step_graph
 from huoyan.engine.decode_graph import DecodeGraphs, _Graph
+from huoyan.engine.graph_memory import GraphMemory
 from huoyan.engine.kv_cache import KVCache
+from huoyan.engine.step_graph import StepGraphs
 from huoyan.kernels import launching
 from huoyan.kernels.add_rms_norm import add_rms_norm
 from huoyan.kernels.launching import launched, noted_launches
@@ -72,11 +74,24 @@ def test_a_rehearsal_has_all_that_a_step_launches(kv: str, monkeypatch: pytest.M
     model = tiny_model(41, head_dim=64, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1)
     cache = KVCache(4, 40, 4, 1, 64, model.dtype, model.device, kv)
     graphs = DecodeGraphs(model, cache, 64, 64)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    steps = StepGraphs(
+        model,
+        cache,
+        GraphMemory.of(model),
+        max_num_batched_tokens=256,
+        max_num_seqs=64,
+        max_model_len=64,
+        decodes_alone=64,
+    )
     with noted_launches() as rehearsed, torch.inference_mode():
         graphs.rehearse()
+        steps.rehearse()
     with noted_launches() as whole, torch.inference_mode():
         for size in graphs._sizes:
             _Graph(model, cache, graphs._hidden[:size], graphs._inputs, size)._forward()
+        for step in (*steps._prompts, *steps._mixed):
+            step_graph._Graph(model, steps._x[: step.tokens], steps._inputs, step)._forward()
     assert len(whole)
     assert whole._jobs.keys() == rehearsed._jobs.keys()
 
