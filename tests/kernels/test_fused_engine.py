@@ -62,14 +62,14 @@ class ReplayedHere(_Graph):
     def __init__(
         self, model: MiniCPMV, cache: KVCache, hidden: Tensor, inputs: DecodeInputs, size: int
     ) -> None:
-        here = SimpleNamespace(replay=self._forward, pool=lambda: (0, 0))
+        here = SimpleNamespace(replay=self.forward, pool=lambda: (0, 0))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.cuda, "CUDAGraph", lambda: here)
             super().__init__(model, cache, hidden, inputs, size)
 
     def capture(self, pool: tuple[int, int] | None) -> None:
         self._inputs.clear(self._size)
-        self._forward()
+        self.forward()
 
 
 class StepReplayedHere(step_graph._Graph):
@@ -77,12 +77,12 @@ class StepReplayedHere(step_graph._Graph):
 
     def __init__(self, model: MiniCPMV, x: Tensor, inputs: step_graph._Inputs, size: StepGraphSize) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=self._forward))
+            patch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=self.forward))
             super().__init__(model, x, inputs, size)
 
     def capture(self, pool: tuple[int, int] | None) -> None:
         self._inputs.clear(self._size)
-        self._forward()
+        self.forward()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/engine/test_gpu.py has the kernels themselves")

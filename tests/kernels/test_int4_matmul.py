@@ -20,6 +20,7 @@ from huoyan.kernels.int4_words import (
     unpack_words,
     unpaired,
 )
+from tests.kernels.interpreter import skip_bfloat16_products
 
 
 def operands(seed: int, m: int, n: int, k: int, group: int, dtype: torch.dtype, device: torch.device):
@@ -98,8 +99,7 @@ def test_product(
     dtype: torch.dtype,
     tuning: Tuning | None,
 ) -> None:
-    if device.type == "cpu" and dtype == torch.bfloat16:
-        pytest.skip("Triton's interpreter multiplies the bits of bfloat16 matrices, not their values")
+    skip_bfloat16_products(device, dtype)
     x, words, meta, bias = operands(seed, m, n, k, group, dtype, device)
     expected = int4_matmul_reference(x, words, meta)
     assert error(int4_matmul(x, words, meta, parts=True, tuning=tuning), expected) < bound(dtype)
@@ -135,8 +135,7 @@ def test_gate(
     dtype: torch.dtype,
     tuning: Tuning | None,
 ) -> None:
-    if device.type == "cpu" and dtype == torch.bfloat16:
-        pytest.skip("Triton's interpreter multiplies the bits of bfloat16 matrices, not their values")
+    skip_bfloat16_products(device, dtype)
     x, words, meta, _ = operands(seed, m, n, k, group, dtype, device)
     gate, other = (x.float() @ unpaired(dequantize_reference(words, meta, dtype)).T).chunk(2, 1)
     want = torch.nn.functional.silu(gate) * other

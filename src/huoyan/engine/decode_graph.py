@@ -16,6 +16,7 @@ from torch import Tensor
 from huoyan.engine.attention_cuda import CudaAttention
 from huoyan.engine.decode_inputs import DecodeInputs
 from huoyan.engine.graph_stream import run_and_capture
+from huoyan.models.qwen2 import DIFFERENT_LAYERS
 from huoyan.planning.graphs import graph_sizes
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ class DecodeGraphs:
     def rehearse(self) -> None:
         """Go through what every size launches (see `huoyan.kernels.launching`)."""
         for size in reversed(self._sizes):
-            _Graph(self._model, self._cache, self._hidden[:size], self._inputs, size).rehearse()
+            self._new(size).forward(DIFFERENT_LAYERS)
 
     def capture_all(self) -> None:
         """Every size, the largest first: the others find room in its memory."""
@@ -92,10 +93,13 @@ class DecodeGraphs:
             self._capture(size)
 
     def _capture(self, size: int) -> None:
-        graph = _Graph(self._model, self._cache, self._hidden[:size], self._inputs, size)
+        graph = self._new(size)
         graph.capture(self._pool)
         self._pool = graph.pool
         self._graphs[size] = graph
+
+    def _new(self, size: int) -> _Graph:
+        return _Graph(self._model, self._cache, self._hidden[:size], self._inputs, size)
 
 
 class _Graph:
@@ -117,13 +121,9 @@ class _Graph:
     def pool(self) -> Any:
         return self._graph.pool()
 
-    def rehearse(self) -> None:
-        """Two layers: the first has no residual stream of its own."""
-        self._forward(layers=2)
-
     def capture(self, pool: Any) -> None:
         self._inputs.clear(self._size)
-        run_and_capture(self._graph, self._forward, pool, self._hidden.device)
+        run_and_capture(self._graph, self.forward, pool, self._hidden.device)
 
     def replay(self, batch: Batch, late: Late | None, moves: BeamMoves | None = None) -> Tensor:
         self._inputs.fill(self._size, batch, late, moves)
@@ -131,6 +131,7 @@ class _Graph:
         self._inputs.launched()
         return self._hidden
 
-    def _forward(self, layers: int | None = None) -> None:
+    def forward(self, layers: int | None = None) -> None:
+        """What is captured, launched."""
         x = self._model.embed(self._tensors.tokens)
         self._model.decoder(x, self._tensors.step.positions, self._attend, self._hidden, layers)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from huoyan.engine.attention_cuda import StepTensors
+from huoyan.engine.pinned import PinnedIntegers
 from huoyan.kernels.fill_inputs import LENGTH, POSITION, SLOT, SOURCE, TOKEN, fill_inputs
 from huoyan.planning.graphs import decode_graph_inputs
 
@@ -41,7 +42,7 @@ class DecodeInputs:
         self._no_ids = torch.zeros(1, dtype=torch.int64, device=device)
         self._no_tiles = torch.zeros((0, 4), dtype=torch.int32, device=device)
         # The step before may still be waited for when the next one is written down.
-        self._turns = [_Written(numbers[1], tables, device) for _ in range(2)]
+        self._turns = [PinnedIntegers(((SOURCE + 1, numbers[1]), tables), device) for _ in range(2)]
 
     def tensors(self, size: int) -> DecodeTensors:
         """Those of a graph of `size` rows."""
@@ -63,7 +64,7 @@ class DecodeInputs:
         written = self._turns[0]
         written.wait()
         count, blocks = batch.block_tables.shape
-        numbers = written.numbers
+        numbers, tables = written.arrays
         numbers[TOKEN, :count], numbers[POSITION, :count] = batch.token_ids, batch.positions
         numbers[SLOT, :count], numbers[LENGTH, :count] = batch.slot_mapping, batch.seq_lens
         numbers[SOURCE, :count] = -1
@@ -72,7 +73,7 @@ class DecodeInputs:
             ids = late.ids
             places = np.arange(len(ids)) if late.places is None else late.places
             numbers[SOURCE, slice(len(places)) if late.rows is None else late.rows] = places
-        written.tables[:count, :blocks] = batch.block_tables
+        tables[:count, :blocks] = batch.block_tables
         self._send(written, ids, size, count, blocks)
         if moves is not None:
             # What lies beyond the step's own need not be looked at.
@@ -83,27 +84,6 @@ class DecodeInputs:
         """All that reads what was filled in last is on its way: nothing stands between it and the filling."""
         self._turns[0].mark()
 
-    def _send(self, written: _Written, ids: Tensor, size: int, count: int, blocks: int) -> None:
+    def _send(self, written: PinnedIntegers, ids: Tensor, size: int, count: int, blocks: int) -> None:
         numbers, tables = written.tensors
         fill_inputs(numbers, tables, ids, self._numbers, self._tables, size, count, blocks)
-
-
-class _Written:
-    """What the host has written of one step, pinned where a CUDA device is to read it."""
-
-    def __init__(self, rows: int, tables: tuple[int, int], device: torch.device) -> None:
-        pin = device.type == "cuda"
-        shapes = ((SOURCE + 1, rows), tables)
-        self.tensors = tuple(torch.zeros(shape, dtype=torch.int32, pin_memory=pin) for shape in shapes)
-        self.numbers, self.tables = (tensor.numpy() for tensor in self.tensors)
-        self._read = torch.cuda.Event() if pin else None
-
-    def mark(self) -> None:
-        """The device will have read it when it has done what it was told so far."""
-        if self._read is not None:
-            self._read.record()
-
-    def wait(self) -> None:
-        """Until it may be written over."""
-        if self._read is not None:
-            self._read.synchronize()

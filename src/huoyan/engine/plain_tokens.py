@@ -11,6 +11,7 @@ import torch
 from huoyan.engine.answer import ChosenToken
 from huoyan.engine.host_copy import HostCopy
 from huoyan.kernels import decode_kernels_enabled
+from huoyan.kernels.chosen import ids_and_logprobs
 from huoyan.planning.pieces import CHOICE_LOGITS
 
 if TYPE_CHECKING:
@@ -49,13 +50,12 @@ class PlainTokens:
         else:
             found = likeliest_reference(logits, index)
             self._copy = HostCopy(found)
-        self.ids = found[: 2 * self._rows].view(torch.int64)
+        self.ids, _ = ids_and_logprobs(found)
 
     def read(self) -> list[ChosenToken]:
         """Waits until they are chosen."""
         (found,) = self._copy.read()
-        ids = found[: 2 * self._rows].view(torch.int64).tolist()
-        logprobs = found[2 * self._rows :].view(torch.float32).tolist()
+        ids, logprobs = (part.tolist() for part in ids_and_logprobs(found))
         return list(map(ChosenToken._make, zip(ids, logprobs, repeat(None), strict=False)))
 
 

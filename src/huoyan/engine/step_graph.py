@@ -18,12 +18,12 @@ from torch import Tensor
 
 from huoyan.engine.attention_cuda import CudaAttention, StepTensors
 from huoyan.engine.graph_stream import run_and_capture
+from huoyan.engine.pinned import PinnedIntegers
 from huoyan.kernels.paged_prefill import prefill_tiles
+from huoyan.models.qwen2 import DIFFERENT_LAYERS
 from huoyan.planning.graphs import STEP_GRAPH_PARTS, StepGraphSize, step_graph_inputs, step_graph_sizes
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from huoyan.engine.batch import Batch
     from huoyan.engine.graph_memory import GraphMemory
     from huoyan.engine.kv_cache import KVCache
@@ -78,12 +78,12 @@ class StepGraphs:
 
     def rehearse(self) -> None:
         """Go through what every size launches (see `huoyan.kernels.launching`)."""
-        for size in (*reversed(self._mixed), *reversed(self._prompts)):
-            _Graph(self._model, self._x[: size.tokens], self._inputs, size).rehearse()
+        for size in self._largest_first():
+            self._new(size).forward(DIFFERENT_LAYERS)
 
     def capture_all(self) -> None:
         """Every size, the largest first: the others find room in its memory."""
-        for size in (*reversed(self._mixed), *reversed(self._prompts)):
+        for size in self._largest_first():
             if not self._gave_up:
                 self._capture(size)
 
@@ -105,9 +105,15 @@ class StepGraphs:
                 return sizes[at]
         return None
 
+    def _largest_first(self) -> tuple[StepGraphSize, ...]:
+        return (*reversed(self._mixed), *reversed(self._prompts))
+
+    def _new(self, size: StepGraphSize) -> _Graph:
+        return _Graph(self._model, self._x[: size.tokens], self._inputs, size)
+
     def _capture(self, size: StepGraphSize) -> _Graph | None:
         try:
-            graph = _Graph(self._model, self._x[: size.tokens], self._inputs, size)
+            graph = self._new(size)
             graph.capture(self._pool)
         except RuntimeError as error:
             # Memory above all. What was captured goes too: the pool may be what is missing.
@@ -144,13 +150,7 @@ class _Inputs:
         self.numbers, self.tables = (
             torch.zeros(shape, dtype=torch.int32, device=cache.device) for shape in shapes
         )
-        pin = cache.device.type == "cuda"
-        self._host_numbers, self._host_tables = (
-            torch.zeros(shape, dtype=torch.int32, pin_memory=pin) for shape in shapes
-        )
-        self._written: NDArray[Any] = self._host_numbers.numpy()
-        self._rows: NDArray[Any] = self._host_tables.numpy()
-        self._copied = torch.cuda.Event() if pin else None
+        self._written = PinnedIntegers(shapes, cache.device)
 
     def tensors(self, size: StepGraphSize) -> StepTensors:
         """Where a graph of this size reads them."""
@@ -165,11 +165,11 @@ class _Inputs:
 
     def fill(self, size: StepGraphSize, batch: Batch) -> None:
         """Send what a step's tokens, decodes and tiles are."""
-        if self._copied is not None:
-            # The last copy must have read the host's numbers before they change.
-            self._copied.synchronize()
+        # The last copy must have read the host's numbers before they change.
+        self._written.wait()
+        written, tables = self._written.arrays
         count, tokens, decodes = batch.num_tokens, size.tokens, batch.num_decodes
-        numbers = self._written[: size.numbers]
+        numbers = written[: size.numbers]
         numbers[:] = 0
         numbers[:count] = batch.positions
         numbers[tokens : tokens + count] = batch.slot_mapping
@@ -179,11 +179,12 @@ class _Inputs:
         first = 2 * tokens + size.decodes
         numbers[first : first + len(tiles)] = tiles
         rows, blocks = batch.block_tables.shape
-        self._rows[:rows, :blocks] = batch.block_tables
-        self.numbers[: size.numbers].copy_(self._host_numbers[: size.numbers], non_blocking=True)
-        self.tables[:rows].copy_(self._host_tables[:rows], non_blocking=True)
-        if self._copied is not None:
-            self._copied.record()
+        tables[:rows, :blocks] = batch.block_tables
+        for to, of, some in zip(
+            (self.numbers, self.tables), self._written.tensors, (size.numbers, rows), strict=True
+        ):
+            to[:some].copy_(of[:some], non_blocking=True)
+        self._written.mark()
 
 
 class _Graph:
@@ -199,18 +200,15 @@ class _Graph:
         self._attend = CudaAttention(model, inputs.cache, self.tensors, STEP_GRAPH_PARTS)
         self._graph = torch.cuda.CUDAGraph()
 
-    def rehearse(self) -> None:
-        """Two layers: the first has no residual stream of its own."""
-        self._forward(layers=2)
-
     def capture(self, pool: Any) -> None:
         self._inputs.clear(self._size)
-        run_and_capture(self._graph, self._forward, pool, self._x.device)
+        run_and_capture(self._graph, self.forward, pool, self._x.device)
 
     def replay(self, x: Tensor, count: int) -> Tensor:
         self._x[:count].copy_(x)
         self._graph.replay()
         return self._x[:count]
 
-    def _forward(self, layers: int | None = None) -> None:
+    def forward(self, layers: int | None = None) -> None:
+        """What is captured, launched."""
         self._model.decoder(self._x, self.tensors.positions, self._attend, self._x, layers)

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from huoyan.kernels.chosen import ids_and_logprobs
 from huoyan.kernels.dependent_launch import begin, launch_options, overlaps, wait
 
 CHUNK = 1024
@@ -184,12 +185,6 @@ def choose_rows(
         TO_HOST=to_host is not None, OVERLAP=overlap, num_warps=1, **launch_options(overlap),
     )  # fmt: skip
     return found
-
-
-def ids_and_logprobs(found: Tensor) -> tuple[Tensor, Tensor]:
-    """Of what `choose_rows` gives: int64 [R], float32 [R]."""
-    rows = len(found) // 3
-    return found[: 2 * rows].view(torch.int64), found[2 * rows :].view(torch.float32)
 
 
 def _read_at_once(logits: Tensor) -> int:

@@ -8,12 +8,11 @@ from functools import lru_cache, partial
 import torch
 
 from huoyan.kernels.int4_words import BLOCK
+from huoyan.kernels.processors import PUBLISHED
 from huoyan.planning.pieces import FEW_ROWS, INT4_PARTS_ROWS, INT4_ROWS
 
 _LARGE = 16384
 """Outputs that are many rounds of programs, whatever the rows."""
-_PROCESSORS = 132
-"""Of an H100 or H200, for which cuts were searched."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,6 @@ class Tuning:
     prefetch: int = 0
     block_m: int = 16
     scaled: bool = False
-    unroll: int = 1
     tiles: bool = False
     """Rows come by the tensor memory unit (Hopper): no addresses of theirs in registers, no masks."""
     registers: int | None = None
@@ -113,7 +111,7 @@ def _choose_many(few: bool, n: int, k: int, parts: bool) -> Tuning:
 def _choose_hundreds(m: int, n: int, parts: bool) -> Tuning:
     """Of more rows: inputs are shared out where that fills the rounds of programs."""
     # A tile that reaches beyond the rows takes longer than a whole one.
-    block_m, at_a_time = (64, 3 * _PROCESSORS) if 0 < m % 128 <= 64 else (128, 2 * _PROCESSORS)
+    block_m, at_a_time = (64, 3 * PUBLISHED) if 0 < m % 128 <= 64 else (128, 2 * PUBLISHED)
     tiles = -(-n // 64) * -(-m // block_m)
 
     def rounds(split: int) -> float:

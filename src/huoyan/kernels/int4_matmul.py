@@ -3,8 +3,6 @@ step, and on cards with room for it of some hundred more, for which making the m
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
@@ -17,6 +15,7 @@ from huoyan.kernels.int4_cuts import Tuning, choose, is_roomy
 from huoyan.kernels.int4_unpack import load_meta, unpacked
 from huoyan.kernels.int4_words import BLOCK, dequantize_reference, unpaired
 from huoyan.kernels.launching import launch
+from huoyan.kernels.processors import processors
 
 
 def int4_matmul_reference(x: Tensor, words: Tensor, meta: Tensor, gated: bool = False) -> Tensor:
@@ -87,7 +86,7 @@ def _matmul_kernel(
     x_ptr, x_tiles, words_ptr, meta_ptr, bias_ptr, out_ptr, late_ptr, arrived_ptr, M, N, K, whole,
     GROUP: tl.constexpr, HAS_BIAS: tl.constexpr, GATED: tl.constexpr, SPLIT: tl.constexpr, SCALED: tl.constexpr,
     EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PREFETCH: tl.constexpr,
-    UNROLL: tl.constexpr, TILES: tl.constexpr, TAIL: tl.constexpr,
+    TILES: tl.constexpr, TAIL: tl.constexpr,
     ASM: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     begin(OVERLAP)
@@ -120,7 +119,7 @@ def _matmul_kernel(
     wait(OVERLAP)
     x_at = x_ptr + m[:, None] * K + k[None, :]
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    for block in tl.range(first, last, num_stages=STAGES, loop_unroll_factor=UNROLL):
+    for block in tl.range(first, last, num_stages=STAGES):
         w = _load_words(words_at + block * 1024, n_ok, EVEN)
         if TILES:
             x = tl.trans(x_tiles.load([first_m, block * 128]))
@@ -191,7 +190,7 @@ def int4_matmul(
     overlap = x.is_cuda and overlaps()
     programs = whole = triton.cdiv(n, tuning.block_n)
     tail, late, arrived = 1, out, out
-    over = programs % (tuning.wave * _processors(x.device)) if tuning.wave else 0
+    over = programs % (tuning.wave * processors(x.device, 1)) if tuning.wave else 0
     if over and split == 1 and m <= tuning.block_m:
         tail = min(tuning.tail, k // BLOCK)
     if tail > 1:
@@ -210,12 +209,7 @@ def int4_matmul(
         GROUP=group, HAS_BIAS=bias is not None and split == 1, GATED=gated, SPLIT=split,
         SCALED=group < BLOCK or tuning.scaled, EVEN=n % tuning.block_n == 0, BLOCK_M=tuning.block_m,
         BLOCK_N=tuning.block_n, STAGES=tuning.stages, PREFETCH=tuning.prefetch if overlap else 0,
-        UNROLL=tuning.unroll, TILES=tiles, TAIL=tail, ASM=x.is_cuda, OVERLAP=overlap, num_warps=tuning.warps,
+        TILES=tiles, TAIL=tail, ASM=x.is_cuda, OVERLAP=overlap, num_warps=tuning.warps,
         **registers, **launch_options(overlap),
     )  # fmt: skip
     return out
-
-
-@lru_cache(maxsize=16)
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

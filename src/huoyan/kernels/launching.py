@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -41,14 +41,14 @@ class NotedLaunches:
         key = kernel, kinds, tuple(sorted(options.items()))
         self._jobs.setdefault(key, (kernel, stand_ins, options))
 
-    def compile(self, device: torch.device, one: Callable[[Job], object] | None = None) -> None:
+    def compile(self, device: torch.device) -> None:
         """Side by side, by as many threads as there are cores. What fails is compiled where it is launched, which
         tells why."""
 
         def safely(job: Job) -> None:
             try:
                 with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-                    (one or _compile)(job)
+                    _compile(job)
             except Exception as error:
                 log.debug("%s is not compiled ahead: %s", job[0], str(error).splitlines()[:1])
 
@@ -81,13 +81,16 @@ class NotedLaunches:
         return self._memory[key]
 
 
-_noting: dict[int, NotedLaunches] = {}
-"""By thread."""
+class _Noting(threading.local):
+    now: NotedLaunches | None = None
+
+
+_noting = _Noting()
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     """`kernel[grid](*arguments, **options)`, or a note of it."""
-    noted = _noting.get(threading.get_ident())
+    noted = _noting.now
     if noted is None:
         kernel[grid](*arguments, **options)
     else:
@@ -109,16 +112,11 @@ def launched() -> Any:
 
 @contextmanager
 def _said(noted: NotedLaunches | None) -> Iterator[None]:
-    thread = threading.get_ident()
-    before = _noting.pop(thread, None)
-    if noted is not None:
-        _noting[thread] = noted
+    before, _noting.now = _noting.now, noted
     try:
         yield
     finally:
-        _noting.pop(thread, None)
-        if before is not None:
-            _noting[thread] = before
+        _noting.now = before
 
 
 def _compile(job: Job) -> None:

@@ -19,6 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from huoyan.kernels.dependent_launch import begin, launch_options, overlaps, prefetch_lines, wait
 from huoyan.kernels.launching import launch, launched
+from huoyan.kernels.processors import PUBLISHED, processors
 from huoyan.planning.pieces import WIDE_PARTS, WIDE_ROWS
 
 log = logging.getLogger(__name__)
@@ -161,7 +162,7 @@ def _works(device: torch.device, dtype: torch.dtype) -> bool:
                 torch.sin(torch.arange(m * width, device=device).view(m, width) * 0.37).to(dtype)
                 for m in (rows, outputs)
             )
-            cut = choose(rows, n, k, gated, 132)
+            cut = choose(rows, n, k, gated, PUBLISHED)
             with launched():
                 got = wide_matmul(x, weight, gated=gated, tuning=cut).float()
             got = got.sum(0) if got.dim() == 3 else got
@@ -177,11 +178,6 @@ def _works(device: torch.device, dtype: torch.dtype) -> bool:
     return True
 
 
-@lru_cache(maxsize=8)
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
-
-
 def wide_matmul(x: Tensor, weight: Tensor, *, gated: bool = False, tuning: Tuning | None = None) -> Tensor:
     """x [M, K] times weight [N, K], both float16 or bfloat16.
 
@@ -195,7 +191,7 @@ def wide_matmul(x: Tensor, weight: Tensor, *, gated: bool = False, tuning: Tunin
     """
     m, k = x.shape
     n = weight.shape[0] // (2 if gated else 1)
-    cut = tuning or choose(m, n, k, gated, _processors(x.device))
+    cut = tuning or choose(m, n, k, gated, processors(x.device))
     shape, dtype = ((cut.split, m, n), torch.float32) if cut.split > 1 else ((m, n), x.dtype)
     out = torch.empty(shape, dtype=dtype, device=x.device)
     block_m = max(16, triton.next_power_of_2(m))

@@ -127,9 +127,7 @@ class Int4Linear(nn.Module):
     def parts(self, x: Tensor, over: Tensor | None = None) -> Tensor:
         """See `huoyan.layers.linear.Linear.parts`."""
         if self.packing == "words" and not self.pairs and self._by_kernel(x):
-            from huoyan.kernels.int4_matmul import int4_matmul
-
-            return int4_matmul(x, self.packed, self.meta, self.bias, parts=True)
+            return self._multiply(x, parts=True)
         if self.packing == "words" and self.bias is None and may_be_over(x, over, self.width_out):
             return linear_by_blocks(x, self.width_out, self._dense(x), out=over)
         whole: Tensor = self(x)
@@ -138,9 +136,7 @@ class Int4Linear(nn.Module):
     def gated(self, x: Tensor) -> Tensor:
         """See `huoyan.layers.linear.Linear.gated`."""
         if self.pairs and self._by_kernel(x):
-            from huoyan.kernels.int4_matmul import int4_matmul
-
-            return int4_matmul(x, self.packed, self.meta, gated=True)
+            return self._multiply(x, gated=True)
         if self.packing == "words" and x.dim() == 2 and len(x) > FEW_ROWS:
             width = self.width_out // 2
             return gated_by_blocks(x, width, self._dense(x), up_columns(len(x), width))
@@ -149,10 +145,14 @@ class Int4Linear(nn.Module):
     def _words(self, x: Tensor) -> Tensor:
         """The product with rows [T, in], where our kernels have packed the matrix."""
         if self._by_kernel(x) and not self.pairs:
-            from huoyan.kernels.int4_matmul import int4_matmul
-
-            return int4_matmul(x, self.packed, self.meta, self.bias)
+            return self._multiply(x)
         return linear_by_blocks(x, self.width_out, self._dense(x), self.bias)
+
+    def _multiply(self, x: Tensor, *, parts: bool = False, gated: bool = False) -> Tensor:
+        """By the kernel."""
+        from huoyan.kernels.int4_matmul import int4_matmul
+
+        return int4_matmul(x, self.packed, self.meta, self.bias, parts=parts, gated=gated)
 
     def _by_kernel(self, x: Tensor) -> bool:
         """Whether the matrix need not be made dense for x."""

@@ -116,6 +116,10 @@ class DecoderLayer(nn.Module):
         return self.mlp(x, over=True), residual
 
 
+DIFFERENT_LAYERS = 2
+"""Layers that launch what all of them do: the first has no residual stream of its own."""
+
+
 class Decoder(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
