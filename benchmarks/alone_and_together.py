@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 import huoyan
+from device_time import need_cuda
 from huoyan import LLM, SamplingParams
 
 QUESTIONS = (
@@ -54,6 +55,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as temporary:
         if args.full_size:
+            need_cuda()
             from full_size import write_folder
 
             folder = write_folder(Path(temporary) / "model", args.int4)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from device_time import time_us
+from device_time import need_cuda, time_us
 from huoyan.engine.beam_ops import BeamOps
 from huoyan.engine.kv_cache import KVCache
 from huoyan.layers.beam_step import EOS, HEAD, LAST, NEVER, POWER, SOURCE, WIDTH, SearchOrders
@@ -72,6 +72,7 @@ def main() -> None:
     parser.add_argument("--widths", default="3,8")
     parser.add_argument("--vocab", type=int, default=151666)
     given = parser.parse_args()
+    need_cuda()
     from huoyan.engine.beam_ops_cuda import KernelBeamOps
 
     device = torch.device("cuda")

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import torch
 
+from device_time import need_cuda
 from huoyan.engine.plain_tokens import likeliest_reference
 from huoyan.kernels.choose_rows import Draws, choose_rows
 from huoyan.kernels.sampling_floors import sampling_floors
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 32, 128, 256])
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "float16", "bfloat16"])
     args = parser.parse_args()
+    need_cuda()
     names = ("greedy by torch", "greedy", "drawn", "floors top-p", "floors top-k", "floors both")
     print(f"{'rows':>5} " + " ".join(f"{name:>15}" for name in names))
     for rows in args.rows:

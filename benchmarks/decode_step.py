@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from device_time import need_cuda
 from full_size import write_folder
 from huoyan import LLM
 from huoyan.kernels import dense_matmul, int4_cuts, int4_matmul, wide_matmul
@@ -264,6 +265,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=200, help="of a search")
     parser.add_argument("--json")
     args = parser.parse_args()
+    need_cuda()
     sequences = [int(count) for count in args.sequences.split(",")]
     steps, results = Steps(args.int4, args.context), {}
     if args.search:

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+
+
+def need_cuda() -> None:
+    """End the script in one line where there is no GPU."""
+    if not torch.cuda.is_available():
+        name = Path(sys.argv[0]).name
+        print(f"{name}: it needs a CUDA device, and torch sees none here", file=sys.stderr)
+        raise SystemExit(2)
 
 
 def time_us(run: Callable[[int], object], repeats: int = 20) -> float:

@@ -16,7 +16,7 @@ import json
 
 import torch
 
-from device_time import time_us
+from device_time import need_cuda, time_us
 from huoyan.kernels import dense_matmul, int4_matmul, int4_words, wide_matmul
 from huoyan.kernels.silu_mul import silu_mul
 
@@ -89,6 +89,7 @@ def main() -> None:
     parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--json")
     args = parser.parse_args()
+    need_cuda()
     results = []
     for kind, name in itertools.product(args.kinds.split(","), args.shapes.split(",")):
         if (kind, name) == ("int4", "head"):

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 import huoyan
+from device_time import need_cuda
 from huoyan import LLM, Picture, SamplingParams
 from huoyan.engine import engine as engine_module
 
@@ -71,6 +72,7 @@ def main() -> None:
     parser.add_argument("--json")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
     args = parser.parse_args()
+    need_cuda()
     memory = {}
     original = engine_module.size_cache
 

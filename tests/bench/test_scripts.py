@@ -347,3 +347,17 @@ def test_a_run_whose_time_is_over_says_so(tmp_path: Path) -> None:
         "the time of this run was over"
         in json.loads((tmp_path / "vllm-bf16.json").read_text())["failed"]["the process"]
     )
+
+
+@pytest.mark.parametrize("name", ["beam_kernels", "choose_rows", "decode_step", "few_rows", "full_size"])
+def test_without_a_gpu_a_script_says_so_in_one_line(name: str) -> None:
+    run = subprocess.run(
+        [sys.executable, f"benchmarks/{name}.py"],
+        cwd=REPOSITORY,
+        env=environment(CUDA_VISIBLE_DEVICES=""),
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 2
+    assert run.stdout == ""
+    assert run.stderr == f"{name}.py: it needs a CUDA device, and torch sees none here\n"
