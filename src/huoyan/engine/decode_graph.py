@@ -85,7 +85,7 @@ class DecodeGraphs:
     def rehearse(self) -> None:
         """Go through what every size launches (see `huoyan.kernels.launching`)."""
         for size in reversed(self._sizes):
-            self._new(size).forward(DIFFERENT_LAYERS)
+            self._new(size).rehearse()
 
     def capture_all(self) -> None:
         """Every size, the largest first: the others find room in its memory."""
@@ -123,13 +123,17 @@ class _Graph:
 
     def capture(self, pool: Any) -> None:
         self._inputs.clear(self._size)
-        run_and_capture(self._graph, self.forward, pool, self._hidden.device)
+        run_and_capture(self._graph, self.rehearse, self.forward, pool, self._hidden.device)
 
     def replay(self, batch: Batch, late: Late | None, moves: BeamMoves | None = None) -> Tensor:
         self._inputs.fill(self._size, batch, late, moves)
         self._graph.replay()
         self._inputs.launched()
         return self._hidden
+
+    def rehearse(self) -> None:
+        """Launch all that there is to launch, for few layers."""
+        self.forward(DIFFERENT_LAYERS)
 
     def forward(self, layers: int | None = None) -> None:
         """What is captured, launched."""

@@ -17,13 +17,18 @@ def capture_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def run_and_capture(
-    graph: torch.cuda.CUDAGraph, forward: Callable[[], None], pool: Any, device: torch.device
+    graph: torch.cuda.CUDAGraph,
+    rehearse: Callable[[], None],
+    forward: Callable[[], None],
+    pool: Any,
+    device: torch.device,
 ) -> None:
-    """Run once to compile what is compiled on first use, then capture in `pool` (see `GraphMemory`)."""
+    """Run `rehearse`, for what is compiled or loaded on first use, then capture `forward` in `pool` (see
+    `GraphMemory`)."""
     stream = capture_stream(device)
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        forward()
+        rehearse()
     torch.cuda.current_stream().wait_stream(stream)
     with torch.cuda.graph(graph, pool=pool, stream=stream):
         forward()

@@ -79,7 +79,7 @@ class StepGraphs:
     def rehearse(self) -> None:
         """Go through what every size launches (see `huoyan.kernels.launching`)."""
         for size in self._largest_first():
-            self._new(size).forward(DIFFERENT_LAYERS)
+            self._new(size).rehearse()
 
     def capture_all(self) -> None:
         """Every size, the largest first: the others find room in its memory."""
@@ -202,12 +202,16 @@ class _Graph:
 
     def capture(self, pool: Any) -> None:
         self._inputs.clear(self._size)
-        run_and_capture(self._graph, self.forward, pool, self._x.device)
+        run_and_capture(self._graph, self.rehearse, self.forward, pool, self._x.device)
 
     def replay(self, x: Tensor, count: int) -> Tensor:
         self._x[:count].copy_(x)
         self._graph.replay()
         return self._x[:count]
+
+    def rehearse(self) -> None:
+        """Launch all that there is to launch, for few layers."""
+        self.forward(DIFFERENT_LAYERS)
 
     def forward(self, layers: int | None = None) -> None:
         """What is captured, launched."""
