@@ -6,20 +6,24 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from huoyan.engine import runner, step_graph
+from huoyan.engine import plain_tokens, step_graph
 from huoyan.engine.decode_graph import DecodeGraphs, _Graph
+from huoyan.engine.device_beams import DeviceBeams
 from huoyan.engine.graph_memory import GraphMemory
 from huoyan.engine.kv_cache import KVCache
+from huoyan.engine.picture_encoder import PictureEncoder
+from huoyan.engine.rehearsal import compile_ahead
 from huoyan.engine.step_graph import StepGraphs
 from huoyan.kernels import launching
 from huoyan.kernels.add_rms_norm import add_rms_norm
-from huoyan.kernels.launching import launched, noted_launches
+from huoyan.kernels.launching import launches_are_noted, noted_launches
 from tests.engine.support import tiny_model
 
 
@@ -35,10 +39,8 @@ def test_what_is_noted_is_not_launched(device: torch.device) -> None:
         assert len(noted) == 1
         norm_of(x.half())
         assert len(noted) == 2
-        with launched():
-            torch.testing.assert_close(norm_of(x), torch.ones_like(x))
-        norm_of(x.half())
-    assert len(noted) == 2
+        assert launches_are_noted()
+    assert not launches_are_noted()
     torch.testing.assert_close(norm_of(x), torch.ones_like(x))
 
 
@@ -88,11 +90,15 @@ def test_a_rehearsal_has_all_that_a_step_launches(kv: str, monkeypatch: pytest.M
         decodes_alone=64,
     )
     with noted_launches() as rehearsed, torch.inference_mode():
-        graphs.rehearse()
+        assert [tuple(logits.shape) for logits in graphs.rehearse()] == [
+            (size, model.config.text.vocab_size) for size in reversed(graphs._sizes)
+        ]
         steps.rehearse()
     with noted_launches() as whole, torch.inference_mode():
         for size in graphs._sizes:
+            graphs._inputs.clear(size)
             _Graph(model, cache, graphs._hidden[:size], graphs._inputs, size).forward()
+            model.head(graphs._hidden[:size])
         for step in (*steps._prompts, *steps._mixed):
             step_graph._Graph(model, steps._x[: step.tokens], steps._inputs, step).forward()
     assert len(whole)
@@ -113,11 +119,59 @@ def test_stand_ins_are_compiled_like_what_they_stand_for() -> None:
     assert int(ran.stdout) > 50
 
 
-def test_a_rehearsal_that_fails_does_not_stop_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rehearsal_that_fails_does_not_stop_the_start() -> None:
     def fails() -> None:
         raise RuntimeError("out of memory")
 
     graphs = SimpleNamespace(rehearse=fails)
-    here = SimpleNamespace(_graphs=graphs, _step_graphs=graphs, device=torch.device("cpu"))
-    runner.Runner._compile_ahead(here)  # type: ignore[arg-type]
-    assert launching._noting.now is None
+    compile_ahead(torch.device("cpu"), graphs, graphs, SimpleNamespace(), None)  # type: ignore[arg-type]
+    assert not launches_are_noted()
+
+
+def test_choices_pictures_and_searches_are_rehearsed_too(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(42, head_dim=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    cache = KVCache(1, 40, 4, 1, 64, model.dtype, model.device)
+    seen: list[set[str]] = []
+    monkeypatch.setattr(
+        launching.NotedLaunches,
+        "compile",
+        lambda self, *_: seen.append(
+            {job[0].fn.__module__.rpartition(".")[2] for job in self._jobs.values()}
+        ),
+    )
+    monkeypatch.setattr(plain_tokens, "chooses_by_kernel", lambda logits: True)
+    logits = torch.randn(3, model.config.text.vocab_size)
+    encoder = PictureEncoder(model, 8, on_device=True)
+    compile_ahead(
+        torch.device("cpu"),
+        SimpleNamespace(rehearse=lambda: iter([logits])),  # type: ignore[arg-type]
+        SimpleNamespace(rehearse=lambda: None),  # type: ignore[arg-type]
+        encoder,
+        DeviceBeams(cache, model.config.text.vocab_size),
+    )
+    of_searches = {"beam_advance", "beam_candidates", "beam_move", "copy_blocks"}
+    assert seen[0] >= of_searches | {"choose_rows", "sampling_floors", "picture_patches"}
+
+
+def test_what_a_helper_compiles_is_loaded_and_the_rest_compiled(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with noted_launches() as noted:
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            norm_of(torch.ones(2, 64, dtype=dtype, device=device))
+    seen, asked = [], []
+    monkeypatch.setattr(launching, "_compile", lambda job: seen.append(job[1][0].dtype))
+    monkeypatch.setattr(launching, "_target", lambda: ("cuda", 90, 32))
+
+    class Helper:
+        def compile(self, jobs: Iterator[str | None], target: tuple[str, int, int]) -> Iterator[int]:
+            asked.extend([target, *jobs])
+            # One is said twice, one never was asked for, and one it does not say.
+            yield from (1, 1, 7, 2)
+
+    noted.compile(device, Helper())  # type: ignore[arg-type]
+    assert sorted(map(str, seen)) == ["torch.bfloat16", "torch.float16", "torch.float32"]
+    assert asked[0] == ("cuda", 90, 32)
+    assert len(asked) == 4

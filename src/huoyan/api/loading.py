@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from huoyan.api.compiling import helper_for
 from huoyan.api.runtime import Runtime
 from huoyan.errors import CapacityError, InputError, ModelError
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from huoyan.api.options import EngineOptions
     from huoyan.backends.base import Backend
     from huoyan.engine.config import EngineConfig
+    from huoyan.kernels.compile_helper import CompileHelper
 
 Progress = Callable[[int, int], None]
 
@@ -39,8 +41,9 @@ def load_runtime(options: EngineOptions) -> Runtime:
             "such as openbmb/MiniCPM-V-2_6, or tiny"
         )
     tokenizer_folder = folder if options.tokenizer is None else _resolve(options, options.tokenizer)
-    frontend = open_frontend(folder, tokenizer_folder, options)
-    backend = _open_backend(folder, tokenizer_folder, frontend, options)
+    with helper_for(options, folder) as helper:
+        frontend = open_frontend(folder, tokenizer_folder, options)
+        backend = _open_backend(folder, tokenizer_folder, frontend, options, helper)
     return Runtime(backend=backend, frontend=frontend, folder=folder, options=options)
 
 
@@ -76,13 +79,17 @@ def _note_engine(options: EngineOptions) -> None:
 
 
 def _open_backend(
-    folder: Path, tokenizer_folder: Path, frontend: CheckpointFrontend, options: EngineOptions
+    folder: Path,
+    tokenizer_folder: Path,
+    frontend: CheckpointFrontend,
+    options: EngineOptions,
+    helper: CompileHelper | None,
 ) -> Backend:
     if options.backend == "vllm":
         from huoyan.backends.vllm.start import open_vllm
 
         return open_vllm(folder, tokenizer_folder, frontend, options)
-    return _open_native(folder, frontend, options)
+    return _open_native(folder, frontend, options, helper)
 
 
 def engine_config(folder: Path, options: EngineOptions) -> EngineConfig:
@@ -109,19 +116,23 @@ def engine_config(folder: Path, options: EngineOptions) -> EngineConfig:
     return EngineConfig(**{name: value for name, value in sizes.items() if value is not None})
 
 
-def _open_native(folder: Path, frontend: CheckpointFrontend, options: EngineOptions) -> Backend:
+def _open_native(
+    folder: Path, frontend: CheckpointFrontend, options: EngineOptions, helper: CompileHelper | None
+) -> Backend:
     import torch
 
     from huoyan.engine.driver_limits import limit_cublas, lower_stack_limit
     from huoyan.engine.engine import Engine
     from huoyan.engine.segments import close_gaps, let_segments_grow
     from huoyan.engine.sizing import check_before_loading, limit_torch
-    from huoyan.kernels import decode_kernels_enabled
+    from huoyan.kernels import decode_kernels_enabled, first_use
     from huoyan.layers.linear import lay_out_for_cuda
     from huoyan.models.checkpoint import open_checkpoint
     from huoyan.models.weights import load_model
 
     device = pick_device(options.device)
+    if torch.device(device).type == "cuda" and decode_kernels_enabled():
+        first_use.prepare()
     dummy = options.load_format == "dummy"
     checkpoint = open_checkpoint(folder, need_weights=not dummy)
     config = engine_config(folder, options)
@@ -149,6 +160,7 @@ def _open_native(folder: Path, frontend: CheckpointFrontend, options: EngineOpti
             eos_token_id=tokenizer.eos_token_id,
             stop_token_ids=frontend.stop_token_ids,
             tokenizer=tokenizer,
+            helper=helper,
         )
         if engine.takes_originals:
             frontend.keep_originals()

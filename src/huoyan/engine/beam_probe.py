@@ -25,14 +25,15 @@ def probe(ops: BeamOps, cache: KVCache, vocab_size: int, width: int) -> None:
         RuntimeError: the plain way comes to something else.
         Exception: whatever a kernel that does not compile or run raises.
     """
-    several = [_steps(each, cache, vocab_size, width) for each in (ops, BeamOps())]
+    several = [steps_on_trial(each, cache, vocab_size, width) for each in (ops, BeamOps())]
     for mine, plain in zip(*several, strict=True):
         rounded = mine.dtype in (torch.float32, torch.float64)
         if not (torch.allclose(mine, plain, 1e-5, 1e-4) if rounded else torch.equal(mine, plain)):
             raise RuntimeError("the kernels' beams are not those of the plain way")
 
 
-def _steps(ops: BeamOps, cache: KVCache, vocab_size: int, width: int) -> list[Tensor]:
+def steps_on_trial(ops: BeamOps, cache: KVCache, vocab_size: int, width: int) -> list[Tensor]:
+    """What two made-up steps come to, and what they leave of made-up blocks; `cache` is left as it is."""
     device = cache.device
     # The likeliest are far apart and their sums too: the two ways round logarithms differently.
     count = width * vocab_size

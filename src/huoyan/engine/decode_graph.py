@@ -20,6 +20,8 @@ from huoyan.models.qwen2 import DIFFERENT_LAYERS
 from huoyan.planning.graphs import graph_sizes
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from huoyan.engine.batch import Batch
     from huoyan.engine.beam_moves import BeamMoves
     from huoyan.engine.in_flight import Late
@@ -82,10 +84,12 @@ class DecodeGraphs:
             self._capture(size)
         return self._model.head(self._graphs[size].replay(batch, late, moves)[:count])
 
-    def rehearse(self) -> None:
-        """Go through what every size launches (see `huoyan.kernels.launching`)."""
+    def rehearse(self) -> Iterator[Tensor]:
+        """Go through what every size launches (see `huoyan.kernels.launching`); gives logits as its steps do."""
         for size in reversed(self._sizes):
+            self._inputs.clear(size)
             self._new(size).rehearse()
+            yield self._model.head(self._hidden[:size])
 
     def capture_all(self) -> None:
         """Every size, the largest first: the others find room in its memory."""

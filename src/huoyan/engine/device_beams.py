@@ -14,7 +14,7 @@ import torch
 
 from huoyan.engine.beam_ops import BeamOps
 from huoyan.engine.beam_orders import search_orders
-from huoyan.engine.beam_probe import probe
+from huoyan.engine.beam_probe import probe, steps_on_trial
 from huoyan.engine.host_copy import HostCopy
 from huoyan.engine.sampler import BeamCandidates, as_candidates
 from huoyan.layers.beam_step import FACTS
@@ -105,6 +105,12 @@ class DeviceBeams:
         """Whether a search can advance here: it depends on nothing but its model's logits, neither on text nor on
         what it has said, and the device does what it should, which the first of its width to come finds out."""
         return _needs_logits_alone(search) and self._try_out(search.width)
+
+    def rehearse(self, width: int) -> None:
+        """Go through what searches of that width launch (see `huoyan.kernels.launching`)."""
+        from huoyan.engine.beam_ops_cuda import KernelBeamOps
+
+        steps_on_trial(KernelBeamOps(), self._form, self._vocab_size, width)
 
     def _try_out(self, width: int) -> bool:
         # All that are too wide for the kernels that decide go one way.

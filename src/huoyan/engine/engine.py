@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from huoyan.engine.schedule import Schedule
     from huoyan.engine.sequence import Group
     from huoyan.engine.sequence import Sequence as EngineSequence
+    from huoyan.kernels.compile_helper import CompileHelper
     from huoyan.models.minicpmv import MiniCPMV
     from huoyan.prompt.tokenizer import Tokenizer
 
@@ -60,11 +61,12 @@ class Engine:
         eos_token_id: int | None = None,
         stop_token_ids: Sequence[int] = (),
         tokenizer: Tokenizer | None = None,
+        helper: CompileHelper | None = None,
     ) -> None:
         """`model` lies on its device already; the KV cache takes what `config` leaves it there.
 
         `eos_token_id` and `stop_token_ids` are the checkpoint's. Without a tokenizer
-        answers have token ids only.
+        answers have token ids only. `helper` compiles kernels.
 
         Raises:
             CapacityError: the memory does not hold the context.
@@ -149,7 +151,7 @@ class Engine:
             self._stream.wait_stream(torch.cuda.current_stream(model.device))
         if self.config.capture_at_start and self._stream is not None:
             with torch.cuda.stream(self._stream):
-                self._capture_all()
+                self._capture_all(helper)
         stops = frozenset(self._stop_token_ids) | (
             {eos_token_id} if eos_token_id is not None else frozenset()
         )
@@ -161,9 +163,9 @@ class Engine:
         self._ended: list[RequestOutput] = []
         """Outputs of requests that ended outside of a step."""
 
-    def _capture_all(self) -> None:
+    def _capture_all(self, helper: CompileHelper | None) -> None:
         try:
-            self.runner.capture_all()
+            self.runner.capture_all(helper)
         except RuntimeError as error:
             log.warning("CUDA graphs are captured when they are needed: %s", str(error).splitlines()[0])
 

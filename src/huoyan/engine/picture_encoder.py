@@ -140,6 +140,15 @@ class PictureEncoder:
         """Whether `encode` returns before it is done, and decode steps go on beside it."""
         return self._stream is not None
 
+    @property
+    def patch_size(self) -> int:
+        return self._model.config.vision.patch_size
+
+    def pack(self, pictures: Sequence[PreparedPicture]) -> None:
+        """Make patches of pictures, where `takes_originals`, for nothing but to see what that takes."""
+        assert self._packer is not None
+        self._packer.pack(pictures)
+
     def warm_up(self) -> None:
         """Compile the kernels of a pass before the first picture comes, some seconds where they were never compiled."""
         side = 16

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -14,6 +13,7 @@ from huoyan.engine.batch import Batch, build_batch
 from huoyan.engine.beam_moves import BeamMoves
 from huoyan.engine.decode_rows import DecodeRows
 from huoyan.engine.picture_encoder import PictureEncoder
+from huoyan.engine.rehearsal import compile_ahead
 from huoyan.kernels import decode_kernels_enabled
 from huoyan.layers.packed_attention import to_device
 
@@ -30,12 +30,10 @@ if TYPE_CHECKING:
     from huoyan.engine.picture_cache import PictureCache
     from huoyan.engine.schedule import Chunk, Schedule
     from huoyan.engine.step_graph import StepGraphs
+    from huoyan.kernels.compile_helper import CompileHelper
     from huoyan.media.types import PreparedPicture
     from huoyan.models.minicpmv import MiniCPMV
     from huoyan.models.qwen2 import Attend
-
-
-log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -105,30 +103,19 @@ class Runner:
         """Copies on write so far."""
 
     @torch.inference_mode()
-    def capture_all(self) -> None:
-        """Capture the graphs of all sizes, where there are graphs, and compile what pictures take."""
-        self._compile_ahead()
+    def capture_all(self, helper: CompileHelper | None = None) -> None:
+        """Capture the graphs of all sizes, where there are graphs, and compile what they and pictures take; `helper`
+        has processes for it."""
+        if self._graphs is not None and self._step_graphs is not None:
+            compile_ahead(
+                self.device, self._graphs, self._step_graphs, self.encoder, self._device_beams, helper
+            )
         self.encoder.warm_up()
         self.encoder.capture_all()
         if self._graphs is not None:
             self._graphs.capture_all()
         if self._step_graphs is not None:
             self._step_graphs.capture_all()
-
-    def _compile_ahead(self) -> None:
-        """Have threads compile the kernels of all sizes of graphs: each would be when the first graph that has it is
-        captured, one after the other."""
-        if self._graphs is None or self._step_graphs is None:
-            return
-        from huoyan.kernels.launching import noted_launches
-
-        try:
-            with noted_launches() as noted:
-                self._graphs.rehearse()
-                self._step_graphs.rehearse()
-            noted.compile(self.device)
-        except Exception as error:
-            log.info("kernels are compiled when they are launched: %s", str(error).splitlines()[:1])
 
     @torch.inference_mode()
     def encode(self, pictures: Sequence[PreparedPicture], beside: bool = True) -> dict[bytes, Exception]:

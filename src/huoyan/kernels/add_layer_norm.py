@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from huoyan.kernels.dependent_launch import begin, launch_options, overlaps, wait
+from huoyan.kernels.launching import launch
 
 
 def add_layer_norm_reference(
@@ -63,7 +64,8 @@ def add_layer_norm(
     block = triton.next_power_of_2(width)
     overlap = x.is_cuda and overlaps()
     assert added is None or residual is not None
-    _kernel[(rows,)](
+    launch(
+        _kernel, (rows,),
         x, residual if residual is not None else x, x if added is None else added, weight, bias, normed, width, eps,
         HAS_RESIDUAL=residual is not None, HAS_ADDED=added is not None, BLOCK=block, OVERLAP=overlap,
         num_warps=min(8, max(1, block // 512)), **launch_options(overlap),

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from huoyan.kernels.launching import launch
 from huoyan.layers import beam_step
 from huoyan.layers.beam_step import SearchOrders
 
@@ -133,7 +134,8 @@ def beam_advance(orders: SearchOrders, found: Tensor, before: Tensor | None) -> 
     width = orders.width
     count = (found.shape[2] - beam_step.FACTS) // 2
     state = torch.empty((orders.searches, 2, width), dtype=torch.float64, device=found.device)
-    _kernel[(orders.searches,)](
+    launch(
+        _kernel, (orders.searches,),
         orders.table, orders.floats, state if before is None else before, found, state,
         orders.table.stride(0), width if before is None else before.shape[2],
         width, count, orders.first_stop, orders.first_sum,

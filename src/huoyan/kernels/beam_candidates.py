@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from huoyan.kernels.launching import launch
+
 CHUNK = 4096
 
 
@@ -101,11 +103,13 @@ def beam_candidates(logits: Tensor, rows: Tensor, found: Tensor, facts: int) -> 
     beams = searches * width
     keys = torch.empty((beams, parts, count), dtype=torch.int64, device=logits.device)
     tops, sums = torch.empty((2, beams, parts), dtype=torch.float32, device=logits.device).unbind(0)
-    _chunk_kernel[(beams, parts)](
+    launch(
+        _chunk_kernel, (beams, parts),
         logits, rows, keys, tops, sums, vocab, logits.stride(0), rows.stride(0), width, count,
         CHUNK=CHUNK, num_warps=8,
     )  # fmt: skip
-    _join_kernel[(beams,)](
+    launch(
+        _join_kernel, (beams,),
         rows, keys, tops, sums, found, parts, rows.stride(0), found.stride(1), width, count,
         FACTS=facts, PARTS_PADDED=triton.next_power_of_2(parts),
         KEYS_PADDED=triton.next_power_of_2(parts * count), num_warps=4,

@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from huoyan.kernels.launching import launch
+
 TILE = 256
 _OF = ("tokens", "positions", "slots", "tables", "old")
 _POINTERS = ["orders_ptr", "found_ptr", *(f"{name}_ptr" for name in _OF)]
@@ -60,7 +62,8 @@ def beam_move(
     """See `huoyan.layers.beam_step.move_rows`. `tokens`, `positions` and `slots` may be columns of a larger tensor."""
     old = tables.clone(memory_format=torch.contiguous_format)
     sources, targets = torch.empty((2, len(orders)), dtype=torch.int64, device=tables.device).unbind(0)
-    _kernel[(len(orders),)](
+    launch(
+        _kernel, (len(orders),),
         orders, found, tokens, positions, slots, tables, old, sources, targets,
         found.stride(0), found.stride(1), tokens.stride(0), positions.stride(0), slots.stride(0),
         tables.stride(0), old.stride(0), BLOCK_SIZE=block_size, TILE=TILE, num_warps=4,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from huoyan.kernels.chosen import ids_and_logprobs
 from huoyan.kernels.dependent_launch import begin, launch_options, overlaps, wait
+from huoyan.kernels.launching import launch
 
 CHUNK = 1024
 """Tokens a program takes, of one warp where nothing is drawn: its threads find the best of them without a barrier."""
@@ -170,7 +171,8 @@ def choose_rows(
     overlap = logits.is_cuda and overlaps()
     step = _read_at_once(logits)
     temperature, keys, floors = (draws.temperature, draws.keys, draws.floors) if draws else (tops, tops, None)
-    _chunk_kernel[(rows, parts)](
+    launch(
+        _chunk_kernel, (rows, parts),
         logits, tops, tokens, sums, scores, drawn, own, temperature, keys, tops if floors is None else floors,
         tokens if index is None else index, tokens if barred is None else barred, vocab,
         logits.stride(0) // step, CHUNK=CHUNK, STEP=step, DRAWS=draws is not None, FLOORS=floors is not None,
@@ -178,7 +180,8 @@ def choose_rows(
         # A draw has more numbers in hand for each token.
         num_warps=1 if draws is None else 2, **launch_options(overlap),
     )  # fmt: skip
-    _join_kernel[(rows,)](
+    launch(
+        _join_kernel, (rows,),
         tops, tokens, sums, scores, drawn, own, *ids_and_logprobs(found),
         *ids_and_logprobs(found if to_host is None else to_host), parts, vocab,
         PADDED=triton.next_power_of_2(parts), SCORED=draws is not None or barred is not None,

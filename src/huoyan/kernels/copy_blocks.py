@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from huoyan.kernels.launching import launch
+
 PIECE = 1024
 
 
@@ -38,6 +40,7 @@ def copy_blocks(stored: Tensor, sources: Tensor, targets: Tensor) -> None:
             words = words.view(dtype)
             break
     size = words.shape[2]
-    _kernel[(len(sources), layers, triton.cdiv(size, PIECE))](
-        words, sources, targets, words.stride(0), size, PIECE=PIECE, num_warps=4
-    )
+    launch(
+        _kernel, (len(sources), layers, triton.cdiv(size, PIECE)),
+        words, sources, targets, words.stride(0), size, PIECE=PIECE, num_warps=4,
+    )  # fmt: skip

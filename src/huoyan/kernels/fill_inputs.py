@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from huoyan.kernels.dependent_launch import begin, launch_options, overlaps, wait
+from huoyan.kernels.launching import launch
 
 TOKEN, POSITION, SLOT, LENGTH, SOURCE = range(5)
 """Rows of the host's numbers; the device has the first four. SOURCE: where the token stands among those that only the
@@ -89,7 +90,8 @@ def fill_inputs(
         blocks: columns of the tables that the step has.
     """
     overlap = numbers.is_cuda and overlaps()
-    _kernel[(size, 1 + triton.cdiv(blocks, TILE))](
+    launch(
+        _kernel, (size, 1 + triton.cdiv(blocks, TILE)),
         host_numbers, host_tables, ids, numbers, tables, size, count, blocks, numbers.stride(0), tables.stride(0),
         TILE=TILE, OVERLAP=overlap, num_warps=TILE // 32, **launch_options(overlap),
     )  # fmt: skip

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from huoyan.kernels.launching import launch
+
 BLOCK = 128
 """The inputs must be a multiple of this."""
 MAX_ROWS = 64
@@ -83,13 +85,15 @@ def int8_matmul(x: Tensor, q: Tensor, scales: Tensor) -> Tensor:
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
     if m <= _FEW_ROWS:
         block_n = 8
-        _rows_kernel[(triton.cdiv(n, block_n),)](
+        launch(
+            _rows_kernel, (triton.cdiv(n, block_n),),
             x, q, scales, out, m, n, k,
             ROWS=triton.next_power_of_2(m), BLOCK_N=block_n, BLOCK_K=512, num_warps=4,
         )  # fmt: skip
     else:
         block_n = 64
-        _tile_kernel[(triton.cdiv(n, block_n),)](
+        launch(
+            _tile_kernel, (triton.cdiv(n, block_n),),
             x, q, scales, out, m, n, k,
             BLOCK_M=max(16, triton.next_power_of_2(m)), BLOCK_N=block_n, BLOCK_K=BLOCK, num_warps=4,
             num_stages=4,

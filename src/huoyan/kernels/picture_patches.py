@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from huoyan.kernels.launching import launch
 from huoyan.layers.bicubic import resize_bicubic, table_on_device
 from huoyan.media.bicubic import PRECISION_BITS, bicubic_table, height_first
 from huoyan.media.types import Size
@@ -172,7 +173,8 @@ def picture_patches(
         width = new_width
     first, weights = tables(width, new_width) if along_width else tables(height, new_height)
     total = pictures * new_width * new_height * 3
-    _patches_kernel[(triton.cdiv(total, _BLOCK),)](
+    launch(
+        _patches_kernel, (triton.cdiv(total, _BLOCK),),
         pixels, first, weights, values, first_rows, out, total, height, width, new_height, new_width,
         cut.cell[1], cut.cell[0], cut.grid[0], cut.num_cells, weights.shape[0],
         ALONG_WIDTH=along_width, PATCH=patch_size, ROUND=1 << (PRECISION_BITS - 1), BITS=PRECISION_BITS, BLOCK=_BLOCK,
@@ -185,7 +187,8 @@ def _resample(
 ) -> Tensor:
     first, weights = tables(side_in, side_out)
     out = torch.empty(outer * side_out * inner, dtype=torch.uint8, device=pixels.device)
-    _resample_kernel[(triton.cdiv(out.numel(), _BLOCK),)](
+    launch(
+        _resample_kernel, (triton.cdiv(out.numel(), _BLOCK),),
         pixels, first, weights, out, out.numel(), side_in, side_out, inner, weights.shape[0],
         ROUND=1 << (PRECISION_BITS - 1), BITS=PRECISION_BITS, BLOCK=_BLOCK,
     )  # fmt: skip

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from huoyan.kernels.launching import launch
+
 BLOCK = 8192
 PASSES = {torch.float32: 16, torch.float16: 10, torch.bfloat16: 8}
 """Two bits each, as many as tell the numbers of a dtype apart: in float32 those of 16 bits have the same last ones."""
@@ -125,7 +127,8 @@ def sampling_floors(
     """
     rows = len(temperature)
     floors = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    _kernel[(rows,)](
+    launch(
+        _kernel, (rows,),
         logits, temperature, top_k, top_p, min_p, top_k if index is None else index, floors, logits.shape[1],
         logits.stride(0), BLOCK=BLOCK, INDEXED=index is not None, PASSES=PASSES[logits.dtype], num_warps=16,
     )  # fmt: skip

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from huoyan.kernels.launching import launch
+
 LOG2_E = 1.4426950408889634
 
 
@@ -157,7 +159,8 @@ def slice_attention(
     out = q if over else torch.empty((rows, heads, head_dim), dtype=q.dtype, device=q.device)
     wide = 1 << (head_dim.bit_length() - 1)
     grid = (triton.cdiv(longest, block_m), heads, len(cu_seqlens) - 1)
-    _kernel[grid](
+    launch(
+        _kernel, grid,
         q, k, v, q if bias is None else bias, out, cu_seqlens, q.stride(0), out.stride(0),
         LOG2_E / math.sqrt(head_dim), HAS_BIAS=bias is not None, HEAD=head_dim, WIDE=wide, REST=16, BLOCK_M=block_m,
         BLOCK_N=block_n, STAGES=stages, num_warps=warps,
