@@ -92,7 +92,8 @@ def main() -> None:
         middle = len(parted) // 2
         print(
             f"{len(parted)} part, after {sorted(at for at, _ in parted)[middle]} tokens (median), where the two tokens "
-            f"are {distances[middle]:.4f} apart (median), {distances[-1]:.4f} at most"
+            f"are {distances[middle]:.4f} apart (median), {distances[-1]:.4f} at most (inf: the other is none of the "
+            "five likeliest)"
         )
 
 

@@ -41,12 +41,13 @@ def compile_ahead(
 
     try:
         with noted_launches() as noted:
-            for logits in graphs.rehearse():
-                _choose(logits)
-            step_graphs.rehearse()
+            # What takes longest to compile comes first; memory that steps keep is taken last, as without a rehearsal.
             _encode(encoder)
             if beams is not None:
                 beams.rehearse(BEAMS)
+            for logits in graphs.rehearse():
+                _choose(logits)
+            step_graphs.rehearse()
         noted.compile(device, helper)
     except Exception as error:
         log.info("kernels are compiled when they are launched: %s", str(error).splitlines()[:1])

@@ -21,7 +21,8 @@ def add_rms_norm_reference(
     return torch.nn.functional.rms_norm(total, weight.shape, weight, eps), total
 
 
-@triton.jit
+# One form for all sizes: the fewer there are, the sooner a first start has compiled them.
+@triton.jit(do_not_specialize=["rows"])
 def _kernel(
     x_ptr, residual_ptr, weight_ptr, normed_ptr, sum_ptr, rows, width, eps,
     PARTS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,

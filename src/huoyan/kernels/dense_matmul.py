@@ -39,7 +39,8 @@ class Tuning:
     block_k: int = BLOCK_K
 
 
-@triton.jit
+# One form for all sizes: the fewer there are, the sooner a first start has compiled them.
+@triton.jit(do_not_specialize=["M"])
 def _matmul_kernel(
     x_ptr, weight_ptr, bias_ptr, out_ptr, M, N, K,
     HAS_BIAS: tl.constexpr, GATED: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr,

@@ -105,7 +105,8 @@ def _half(qkv_ptr, bias_ptr, out_ptr, at, column, ok, all, PARTS: tl.constexpr, 
     return x
 
 
-@triton.jit
+# One form for all sizes: the fewer there are, the sooner a first start has compiled them.
+@triton.jit(do_not_specialize=["tokens"])
 def _kernel(
     qkv_ptr, bias_ptr, out_ptr, positions_ptr, table_ptr, slots_ptr, keys_ptr, values_ptr, key_scales_ptr,
     value_scales_ptr, tokens,

@@ -20,7 +20,8 @@ def silu_mul_reference(gate_up: Tensor, dtype: torch.dtype | None = None) -> Ten
     return torch.nn.functional.silu(gate.float()).mul(up.float()).to(dtype)
 
 
-@triton.jit
+# One form for all sizes: the fewer there are, the sooner a first start has compiled them.
+@triton.jit(do_not_specialize=["rows"])
 def _kernel(
     gate_up_ptr, out_ptr, rows, width, out_stride, PARTS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
 ):  # fmt: skip
