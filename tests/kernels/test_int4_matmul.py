@@ -201,6 +201,7 @@ def test_full_size(seed: int, device: torch.device, m: int, n: int, k: int, dtyp
 def test_gates(seed: int, device: torch.device, rows: int) -> None:
     """By our kernel, or in pieces, beside the product with the whole matrix."""
     from huoyan.kernels.silu_mul import silu_mul_reference
+    from huoyan.layers import int4
     from huoyan.layers.int4 import Int4Linear, Int4Weight
 
     g = torch.Generator().manual_seed(seed)
@@ -212,7 +213,12 @@ def test_gates(seed: int, device: torch.device, rows: int) -> None:
     assert linear.pairs
     x = torch.randn(rows, 3584, generator=g).to(device, torch.bfloat16)
     with torch.inference_mode():
+        int4.forget_scratches(torch.cuda.current_stream(device).cuda_stream)
+        int4.reserve_scratch(torch.nn.ModuleList([linear]), x)
+        (scratch,) = int4._SCRATCHES.values()
         whole = weight.dequantize().to(device, torch.bfloat16)
         assert error(linear(x), x.float() @ whole.float().T) < bound(torch.bfloat16)
         want = silu_mul_reference(x.float() @ whole.float().T)
         assert error(linear.gated(x).float(), want.float()) < bound(torch.bfloat16)
+        # Graphs know where it lies.
+        assert [kept is scratch for kept in int4._SCRATCHES.values()] == [True]

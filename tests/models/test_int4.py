@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from huoyan.errors import ModelError
+from huoyan.layers import int4
 from huoyan.layers.int4 import Int4Linear, Int4Weight
 from huoyan.models.checkpoint import open_checkpoint
 from huoyan.models.int4_formats import AWQ_ORDER, pack_nibbles, unpack_nibbles
@@ -265,3 +266,22 @@ def test_eight_bit_gptq_is_refused(tmp_path: Path, seed: int) -> None:
 
     write_int4(tmp_path / "m", small_model(seed), eight_bits, 64, seed)
     refuse(tmp_path / "m", "qweight", "8-bit")
+
+
+def test_the_scratch_is_as_large_as_the_largest_matrix_wants(monkeypatch: pytest.MonkeyPatch) -> None:
+    def linear(out: int, width: int) -> Int4Linear:
+        weight = Int4Weight(
+            torch.zeros(out, width, dtype=torch.uint8), torch.ones(out, 1), torch.zeros(out, 1)
+        )
+        made = Int4Linear(weight, None, dtype=torch.float16, device=torch.device("cpu"))
+        made.packing = "words"
+        return made
+
+    monkeypatch.setattr(int4, "_SCRATCHES", {})
+    int4.reserve_scratch(torch.nn.ModuleList([torch.nn.Linear(2, 2)]), torch.zeros(1))
+    assert not int4._SCRATCHES
+    model = torch.nn.ModuleList([linear(64, 128), linear(192, 256), linear(320, 128)])
+    int4.reserve_scratch(model, torch.zeros(1, dtype=torch.float16))
+    (made,) = int4._SCRATCHES.values()
+    assert made.numel() == 192 * 256
+    assert made.dtype is torch.float16

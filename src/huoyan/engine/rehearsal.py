@@ -41,7 +41,7 @@ def compile_ahead(
 
     try:
         with noted_launches() as noted:
-            # What takes longest to compile comes first; memory that steps keep is taken last, as without a rehearsal.
+            # What takes longest to compile comes first.
             _encode(encoder)
             if beams is not None:
                 beams.rehearse(BEAMS)

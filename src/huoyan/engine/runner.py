@@ -15,6 +15,7 @@ from huoyan.engine.decode_rows import DecodeRows
 from huoyan.engine.picture_encoder import PictureEncoder
 from huoyan.engine.rehearsal import compile_ahead
 from huoyan.kernels import decode_kernels_enabled
+from huoyan.layers.int4 import reserve_scratch
 from huoyan.layers.packed_attention import to_device
 
 if TYPE_CHECKING:
@@ -106,6 +107,7 @@ class Runner:
     def capture_all(self, helper: CompileHelper | None = None) -> None:
         """Capture the graphs of all sizes, where there are graphs, and compile what they and pictures take; `helper`
         has processes for it."""
+        self._take_what_stays()
         if self._graphs is not None and self._step_graphs is not None:
             compile_ahead(
                 self.device, self._graphs, self._step_graphs, self.encoder, self._device_beams, helper
@@ -116,6 +118,13 @@ class Runner:
             self._graphs.capture_all()
         if self._step_graphs is not None:
             self._step_graphs.capture_all()
+
+    def _take_what_stays(self) -> None:
+        """Take memory that steps keep before any that comes and goes, which then has one piece behind it."""
+        small = self.model.resampler.query.new_zeros(16, 16)
+        # cuBLAS takes its workspace of a stream with the first product there.
+        torch.mm(small, small)
+        reserve_scratch(self.model, small)
 
     @torch.inference_mode()
     def encode(self, pictures: Sequence[PreparedPicture], beside: bool = True) -> dict[bytes, Exception]:

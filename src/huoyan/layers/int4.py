@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from huoyan.layers import int4_cpu
 from huoyan.layers.blocks import gated_by_blocks, linear_by_blocks
 from huoyan.layers.fused import silu_mul
 from huoyan.layers.linear import may_be_over
-from huoyan.planning.pieces import FEW_ROWS, up_columns
+from huoyan.planning.pieces import FEW_ROWS, dense_rows, up_columns
 
 
 @dataclass(frozen=True)
@@ -195,6 +196,18 @@ def _scratch(rows: int, width: int, like: Tensor) -> Tensor:
     if found is None or found.numel() < rows * width:
         _SCRATCHES[key] = found = like.new_empty(rows * width)
     return found[: rows * width].view(rows, width)
+
+
+def reserve_scratch(model: nn.Module, like: Tensor) -> None:
+    """Make the current stream's scratch at once, as large as the model's matrices will want it; `like`: of what they
+    are multiplied with."""
+    sizes = [
+        (dense_rows(module.width_out, module.width_in, True), module.width_in)
+        for module in model.modules()
+        if isinstance(module, Int4Linear) and module.packing == "words"
+    ]
+    if sizes:
+        _scratch(*max(sizes, key=math.prod), like)
 
 
 def forget_scratches(stream: int) -> None:

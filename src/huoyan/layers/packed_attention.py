@@ -12,6 +12,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from huoyan.kernels import decode_kernels_enabled
 from huoyan.layers.varlen_attention import varlen_attention
 
+_WIDEST_FLASH = 256
+"""Head of torch's flash attention."""
+
 
 class Lengths(tuple[int, ...]):
     """Lengths of sequences packed end to end. Where each begins is sent to a device once and kept, so that the layers
@@ -59,7 +62,8 @@ def packed_attention(
     Returns:
         [sum(q_lengths), heads, head_dim]
     """
-    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0:
+    fits = q.shape[-1] % 8 == 0 and q.shape[-1] <= _WIDEST_FLASH
+    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and fits:
         if q_lengths is k_lengths and _suits_our_kernel(q, k, v):
             from huoyan.kernels.slice_attention import slice_attention
 
