@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 
 SILENCE = 60.0
 """Seconds without a kernel after which it is given up: importing takes some, the largest kernel one or two."""
+_MOST = 16
+"""Processes: each has some hundred MiB of its own, and there are no more than eighty kernels."""
 
 
 def cores() -> int:
@@ -37,7 +39,7 @@ class CompileHelper:
         # It finds what we have found, and has nothing to do with the device.
         path = os.pathsep.join(filter(None, sys.path))
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "huoyan.kernels.compile_worker", str(cores())],
+            [sys.executable, "-m", "huoyan.kernels.compile_worker", str(min(cores(), _MOST))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -1,6 +1,6 @@
-"""The other end of `compile_helper`: `python -m huoyan.kernels.compile_worker CORES`, target and jobs on its input.
+"""The other end of `compile_helper`: `python -m huoyan.kernels.compile_worker PROCESSES`, target and jobs on its input.
 
-It imports once and then parts into as many processes as there are cores, each of which takes the next job that nobody
+It imports once and then parts into so many processes, each of which takes the next job that nobody
 has, and says its number when the kernel is on the disk. None of them has to do with the device.
 """
 
