@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -67,14 +68,18 @@ def test_there_is_none_where_nothing_is_captured(folder: Path, options: dict[str
     assert not started(folder, **options)
 
 
-def test_there_is_none_without_a_card_cores_or_kernels(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_there_is_none_without_a_card_cores_kernels_or_python(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for owner, name, value in (
         (compiling, "_DEVICES", (str(folder / "nothing"),)),
         (compiling, "decode_kernels_enabled", lambda: False),
         (compile_helper, "cores", lambda: 2),
+        (sys, "executable", ""),
+        (sys, "frozen", True),
     ):
         with monkeypatch.context() as patched:
-            patched.setattr(owner, name, value)
+            patched.setattr(owner, name, value, raising=False)
             assert not started(folder)
 
 

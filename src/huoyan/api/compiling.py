@@ -7,6 +7,7 @@ import hashlib
 import importlib.metadata
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,6 +58,9 @@ def _may_compile(options: EngineOptions) -> bool:
 
     captures = options.capture_at_start and not options.enforce_eager and options.backend == "native"
     if not captures or options.device.partition(":")[0] not in ("auto", "cuda"):
+        return False
+    # Who has Python inside, or is one file with it, may have no command that is Python.
+    if not sys.executable or getattr(sys, "frozen", False):
         return False
     return decode_kernels_enabled() and any(map(os.path.exists, _DEVICES)) and cores() >= _LEAST_CORES
 

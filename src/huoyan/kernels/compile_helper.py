@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 SILENCE = 60.0
 """Seconds without a kernel after which it is given up: importing takes some, the largest kernel one or two."""
 _MOST = 16
-"""Processes: each has some hundred MiB of its own, and there are no more than eighty kernels."""
+"""Processes: each has some forty MiB of its own, and there are no more than eighty kernels."""
 
 
 def cores() -> int:
