@@ -31,6 +31,13 @@ def norm_of(x: torch.Tensor) -> torch.Tensor:
     return add_rms_norm(x, None, torch.ones(x.shape[1], dtype=x.dtype, device=x.device), 1e-6)[0]
 
 
+def of_three_dtypes(device: torch.device) -> launching.NotedLaunches:
+    with noted_launches() as noted:
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            norm_of(torch.ones(2, 64, dtype=dtype, device=device))
+    return noted
+
+
 def test_what_is_noted_is_not_launched(device: torch.device) -> None:
     x = torch.full((4, 64), 3.0, device=device)
     with noted_launches() as noted:
@@ -57,9 +64,7 @@ def test_other_threads_launch(device: torch.device) -> None:
 def test_all_are_compiled_and_failures_are_left_to_the_launch(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with noted_launches() as noted:
-        for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            norm_of(torch.ones(2, 64, dtype=dtype, device=device))
+    noted = of_three_dtypes(device)
     seen = []
 
     def one(job: launching.Job) -> None:
@@ -158,9 +163,7 @@ def test_choices_pictures_and_searches_are_rehearsed_too(
 def test_what_a_helper_compiles_is_loaded_and_the_rest_compiled(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with noted_launches() as noted:
-        for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            norm_of(torch.ones(2, 64, dtype=dtype, device=device))
+    noted = of_three_dtypes(device)
     seen, asked = [], []
     monkeypatch.setattr(launching, "_compile", lambda job: seen.append(job[1][0].dtype))
     monkeypatch.setattr(launching, "_target", lambda: ("cuda", 90, 32))
