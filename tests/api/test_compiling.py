@@ -31,7 +31,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "kept"))
     monkeypatch.setattr(compiling, "_DEVICES", (str(tmp_path),))
     monkeypatch.setattr(compiling, "decode_kernels_enabled", lambda: True)
-    monkeypatch.setattr(compile_helper, "cores", lambda: 16)
+    monkeypatch.setattr(compiling, "usable_cores", lambda: 16)
     monkeypatch.setattr(compile_helper, "CompileHelper", Helper)
     return tmp_path
 
@@ -74,7 +74,7 @@ def test_there_is_none_without_a_card_cores_kernels_or_python(
     for owner, name, value in (
         (compiling, "_DEVICES", (str(folder / "nothing"),)),
         (compiling, "decode_kernels_enabled", lambda: False),
-        (compile_helper, "cores", lambda: 2),
+        (compiling, "usable_cores", lambda: 2),
         (sys, "executable", ""),
         (sys, "frozen", True),
     ):
@@ -94,3 +94,16 @@ def test_where_processes_or_files_cannot_be_the_start_goes_on(
 
     monkeypatch.setattr(compile_helper, "CompileHelper", fails)
     assert not started(folder)
+
+
+def test_the_mark_lies_beside_what_triton_keeps(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable, value, place in (
+        ("TRITON_HOME", folder / "a", folder / "a/.triton/cache"),
+        ("HOME", folder / "b", folder / "b/.triton/cache"),
+    ):
+        with monkeypatch.context() as patched:
+            patched.delenv("TRITON_CACHE_DIR")
+            patched.delenv("TRITON_HOME", raising=False)
+            patched.setenv(variable, str(value))
+            assert started(folder)
+            assert len(list(place.glob("huoyan-*"))) == 1

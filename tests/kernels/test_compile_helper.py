@@ -14,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from huoyan.kernels import add_rms_norm, compile_helper
 from huoyan.kernels.compile_helper import CompileHelper
-from huoyan.kernels.job_text import read_job, write_job
+from huoyan.kernels.jobs import read_job, write_job
 
 TARGET = ("cuda", 90, 32)
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from huoyan.cores import usable_cores
 from huoyan.kernels import decode_kernels_enabled
 from huoyan.version import __version__
 
@@ -32,16 +33,9 @@ _LEAST_CORES = 4
 def helper_for(options: EngineOptions, folder: Path) -> Iterator[CompileHelper | None]:
     """Start a helper where this start may have kernels to compile: where none like it came to its end before. It is
     ended with the block."""
-    mark = _mark(options, folder)
-    if not _may_compile(options) or mark.exists():
-        yield None
-        return
-    from huoyan.kernels.compile_helper import CompileHelper
-
-    try:
-        helper = CompileHelper()
-    except OSError as error:
-        log.debug("there is no process to compile kernels: %s", error)
+    mark = _mark(options, folder) if _may_compile(options) else None
+    helper = None if mark is None or mark.exists() else _started()
+    if mark is None or helper is None:
         yield None
         return
     try:
@@ -53,24 +47,31 @@ def helper_for(options: EngineOptions, folder: Path) -> Iterator[CompileHelper |
         mark.touch()
 
 
-def _may_compile(options: EngineOptions) -> bool:
-    from huoyan.kernels.compile_helper import cores
+def _started() -> CompileHelper | None:
+    from huoyan.kernels.compile_helper import CompileHelper
 
+    try:
+        return CompileHelper()
+    except OSError as error:
+        log.debug("there is no process to compile kernels: %s", error)
+        return None
+
+
+def _may_compile(options: EngineOptions) -> bool:
     captures = options.capture_at_start and not options.enforce_eager and options.backend == "native"
     if not captures or options.device.partition(":")[0] not in ("auto", "cuda"):
         return False
     # Who has Python inside, or is one file with it, may have no command that is Python.
     if not sys.executable or getattr(sys, "frozen", False):
         return False
-    return decode_kernels_enabled() and any(map(os.path.exists, _DEVICES)) and cores() >= _LEAST_CORES
+    return decode_kernels_enabled() and any(map(os.path.exists, _DEVICES)) and usable_cores() >= _LEAST_CORES
 
 
 def _mark(options: EngineOptions, folder: Path) -> Path:
     """A file beside what Triton keeps, which goes where that goes."""
-    kept = (
-        os.environ.get("TRITON_CACHE_DIR")
-        or Path(os.environ.get("TRITON_HOME") or Path.home()) / ".triton/cache"
-    )
+    # As Triton finds it, which asks for no home that is known to the system.
+    home = os.environ.get("TRITON_HOME") or os.path.expanduser("~")
+    kept = os.environ.get("TRITON_CACHE_DIR") or os.path.join(home, ".triton", "cache")
     seen = [
         __version__,
         options.dtype,

@@ -56,13 +56,13 @@ def _system() -> dict[str, Any]:
     import platform
 
     from huoyan.cli.models import readable_size
+    from huoyan.cores import usable_cores
 
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     report: dict[str, Any] = {
         "platform": platform.platform(),
         "machine": platform.machine(),
         "cpu": _cpu_name() or "unknown",
-        "cores": f"{usable} usable of {os.cpu_count()}",
+        "cores": f"{usable_cores()} usable of {os.cpu_count()}",
     }
     memory = _memory()
     if memory is not None:

@@ -23,6 +23,7 @@ from huoyan.engine.staging import Staging
 from huoyan.kernels import picture_kernels_enabled
 from huoyan.layers.packed_attention import to_device
 from huoyan.media.originals import LARGEST
+from huoyan.media.types import PreparedPicture, SlicePlan
 from huoyan.models.patches import normalised_bytes
 from huoyan.models.siglip import PackedGrids
 from huoyan.planning.pieces import (
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
 
     from huoyan.engine.encoder_graph import EncoderGraphs
     from huoyan.kernels.picture_patches import Cut, ResizeTables
-    from huoyan.media.types import PreparedPicture
     from huoyan.models.minicpmv import MiniCPMV
     from huoyan.models.patches import Grid
 
@@ -140,14 +140,17 @@ class PictureEncoder:
         """Whether `encode` returns before it is done, and decode steps go on beside it."""
         return self._stream is not None
 
-    @property
-    def patch_size(self) -> int:
-        return self._model.config.vision.patch_size
-
-    def pack(self, pictures: Sequence[PreparedPicture]) -> None:
-        """Make patches of pictures, where `takes_originals`, for nothing but to see what that takes."""
-        assert self._packer is not None
-        self._packer.pack(pictures)
+    def rehearse(self) -> None:
+        """Go through what a pass launches (see `huoyan.kernels.launching`), and pictures of which the one side is
+        resized first, the other, and none."""
+        self.warm_up()
+        if self._packer is None:
+            return
+        side = self._model.config.vision.patch_size
+        plan = SlicePlan((side, side))
+        for height, width in ((side, side), (side, 3 * side), (3 * side, side), (2 * side, 2 * side)):
+            pixels = np.zeros((height, width, 3), np.uint8)
+            self._packer.pack([PreparedPicture(b"", plan, original=pixels)])
 
     def warm_up(self) -> None:
         """Compile the kernels of a pass before the first picture comes, some seconds where they were never compiled."""

@@ -6,11 +6,9 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from huoyan.engine.plain_tokens import PlainTokens
-from huoyan.media.types import PreparedPicture, SlicePlan
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,7 +40,7 @@ def compile_ahead(
     try:
         with noted_launches() as noted:
             # What takes longest to compile comes first.
-            _encode(encoder)
+            encoder.rehearse()
             if beams is not None:
                 beams.rehearse(BEAMS)
             for logits in graphs.rehearse():
@@ -64,15 +62,3 @@ def _choose(logits: Tensor) -> None:
     keys = torch.zeros(rows, dtype=torch.int64, device=logits.device)
     for draws in (None, Draws(numbers, keys), Draws(numbers, keys, floors)):
         PlainTokens(logits, draws)
-
-
-def _encode(encoder: PictureEncoder) -> None:
-    """Pictures of which the one side is resized first, the other, and none."""
-    encoder.warm_up()
-    if not encoder.takes_originals:
-        return
-    side = encoder.patch_size
-    plan = SlicePlan((side, side))
-    for height, width in ((side, side), (side, 3 * side), (3 * side, side), (2 * side, 2 * side)):
-        pixels = np.zeros((height, width, 3), np.uint8)
-        encoder.pack([PreparedPicture(b"", plan, original=pixels)])

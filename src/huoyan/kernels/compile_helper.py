@@ -18,17 +18,14 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator
 
+from huoyan.cores import usable_cores
+
 log = logging.getLogger(__name__)
 
 SILENCE = 60.0
 """Seconds without a kernel after which it is given up: importing takes some, the largest kernel one or two."""
 _MOST = 16
 """Processes: each has some forty MiB of its own, and there are no more than eighty kernels."""
-
-
-def cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class CompileHelper:
@@ -39,7 +36,7 @@ class CompileHelper:
         # It finds what we have found, and has nothing to do with the device.
         path = os.pathsep.join(filter(None, sys.path))
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "huoyan.kernels.compile_worker", str(min(cores(), _MOST))],
+            [sys.executable, "-m", "huoyan.kernels.compile_worker", str(min(usable_cores(), _MOST))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -49,7 +46,7 @@ class CompileHelper:
         )
 
     def compile(self, jobs: Iterable[str | None], target: tuple[str, int, int]) -> Iterator[int]:
-        """The numbers of `jobs` (see `huoyan.kernels.job_text`; None is left out) as they are compiled for `target`
+        """The numbers of `jobs` (see `huoyan.kernels.jobs`; None is left out) as they are compiled for `target`
         (backend, architecture, threads of a warp). Those that fail are not among them."""
         lines = [json.dumps(target), *(f"{i} {job}" for i, job in enumerate(jobs) if job is not None)]
         # Aside, so that a process that reads nothing holds nobody up.

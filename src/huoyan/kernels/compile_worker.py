@@ -17,7 +17,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from huoyan.kernels.job_text import read_job
+from huoyan.kernels.first_use import read_triton
+from huoyan.kernels.jobs import compiled, read_job
 
 _NUMBER = struct.Struct("<I")
 
@@ -47,20 +48,16 @@ class _Driver:
 
 
 def compile_job(line: str) -> None:
-    """Compile it, and the launcher where Triton has one for each kernel; see `huoyan.kernels.job_text`."""
-    kernel, arguments, options = read_job(line)
-    compiled = kernel.warmup(*arguments, grid=(1, 1, 1), **options)
+    """Compile it, and the launcher where Triton has one for each kernel; see `huoyan.kernels.jobs`."""
+    kernel = compiled(read_job(line))
     # Its launcher comes first, then what needs the device.
     with contextlib.suppress(Exception):
-        getattr(compiled, "run", None)
+        getattr(kernel, "run", None)
 
 
 def main() -> None:
-    with contextlib.suppress(ImportError):
-        from triton.runtime.cache import triton_key
-
-        # A second of reading Triton's own files, once for all.
-        triton_key()
+    # A second of work, once for all.
+    read_triton()
     lines = sys.stdin.read().splitlines()
     if not lines:
         return

@@ -19,8 +19,9 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from huoyan.kernels.compile_helper import CompileHelper, cores
-from huoyan.kernels.job_text import Job, write_job
+from huoyan.cores import usable_cores
+from huoyan.kernels.compile_helper import CompileHelper
+from huoyan.kernels.jobs import Job, compiled, write_job
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class NotedLaunches:
 
         jobs = list(self._jobs.values())
         left = dict.fromkeys(range(len(jobs)))
-        with ThreadPoolExecutor(min(cores(), _THREADS)) as pool:
+        with ThreadPoolExecutor(min(usable_cores(), _THREADS)) as pool:
             for number in helper.compile(map(write_job, jobs), _target()) if helper is not None else ():
                 if number in left:
                     del left[number]
@@ -137,7 +138,5 @@ def _target() -> tuple[str, int, int]:
 
 
 def _compile(job: Job) -> None:
-    kernel, arguments, options = job
-    compiled = kernel.warmup(*arguments, grid=(1, 1, 1), **options)
     # Asked for, it is loaded, and its launcher made, which some versions of Triton have a C compiler do.
-    getattr(compiled, "run", None)
+    getattr(compiled(job), "run", None)

@@ -1,4 +1,4 @@
-"""What is to be compiled, as a line of text: what another process needs to come to the same kernel."""
+"""Kernels to be compiled: here and now, or as a line of text, by which another process comes to the same kernel."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 Job = tuple[Any, tuple[Any, ...], dict[str, Any]]
 """A kernel, its arguments, its options."""
+
+
+def compiled(job: Job) -> Any:
+    """Triton's compiled kernel, from its cache or for it, not loaded yet."""
+    kernel, arguments, options = job
+    return kernel.warmup(*arguments, grid=(1, 1, 1), **options)
 
 
 def write_job(job: Job) -> str | None:
