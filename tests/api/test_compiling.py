@@ -86,8 +86,10 @@ def test_there_is_none_without_a_card_cores_kernels_or_python(
 def test_where_processes_or_files_cannot_be_the_start_goes_on(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(folder / "config.json"))
-    assert started(folder)
+    for kept in (folder / "config.json", folder / ("x" * 300)):
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(kept))
+        assert started(folder)
+        assert started(folder)
 
     def fails() -> SimpleNamespace:
         raise OSError("no more processes")

@@ -34,7 +34,8 @@ def helper_for(options: EngineOptions, folder: Path) -> Iterator[CompileHelper |
     """Start a helper where this start may have kernels to compile: where none like it came to its end before. It is
     ended with the block."""
     mark = _mark(options, folder) if _may_compile(options) else None
-    helper = None if mark is None or mark.exists() else _started()
+    # A place that may not be looked at is one where nothing was compiled.
+    helper = None if mark is None or os.path.exists(mark) else _started()
     if mark is None or helper is None:
         yield None
         return
