@@ -12,7 +12,7 @@ from huoyan.layers.linear import reads_few_rows
 from huoyan.layers.packed_attention import to_device
 from huoyan.models.config import ModelConfig
 from huoyan.models.patches import Grid, cut_patches, normalise
-from huoyan.models.qwen2 import Decoder, Qwen2
+from huoyan.models.qwen2 import Attend, Qwen2
 from huoyan.models.resampler import Resampler
 from huoyan.models.siglip import PackedGrids, SiglipEncoder
 
@@ -86,9 +86,17 @@ class MiniCPMV(nn.Module):
         out: Tensor = self.llm.model.embed_tokens(token_ids)
         return out
 
-    @property
-    def decoder(self) -> Decoder:
-        return self.llm.model
+    def decoder(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        attend: Attend,
+        out: Tensor | None = None,
+        layers: int | None = None,
+    ) -> Tensor:
+        """x [T, hidden] at positions [T] -> normed hidden states [T, hidden]; `out`, `layers`: see `Decoder`."""
+        hidden: Tensor = self.llm.model(x, positions, attend, out, layers)
+        return hidden
 
     def head(self, hidden: Tensor) -> Tensor:
         """[B, hidden] -> logits [B, vocab]: float32 where the kernel of few rows makes them so, else as wide as the

@@ -136,11 +136,8 @@ class Decoder(nn.Module):
         out: Tensor | None = None,
         layers: int | None = None,
     ) -> Tensor:
-        """x [T, hidden] at positions [T] -> normed hidden states [T, hidden].
-
-        `out`: [T, hidden] where the result goes, which may be x itself; `layers`: only so many, of no use but to see
-        what they take.
-        """
+        """`out`: [T, hidden] where the result goes, which may be x itself; `layers`: only so many, of no use but to see
+        what they take."""
         turns = None if rotates(attend) else self.rotary.lookup(positions)
         residual: Tensor | None = None
         for i, layer in enumerate(islice(self.layers, layers)):
